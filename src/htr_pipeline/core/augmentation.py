@@ -1,0 +1,83 @@
+"""Random distortions of normalised line images, as a writer or a scanner might have made them."""
+
+import math
+
+import cv2
+import numpy as np
+
+from htr_pipeline.core.config import config, setting
+
+
+@config("augmentation")
+class AugmentationConfig:
+    """Largest distortions; each line draws its own. All off with enabled: false."""
+
+    enabled: bool = setting(True)
+    width_scale: float = setting(0.15, minimum=0.0, maximum=0.5)  # 0.15: 85 to 115 % of the width
+    height_scale: float = setting(0.15, minimum=0.0, maximum=0.5)  # down to 85 % of the height, at a random offset
+    shear: float = setting(0.25, minimum=0.0, maximum=1.0)  # horizontal shift per unit of height
+    rotation_degrees: float = setting(0.8, minimum=0.0, maximum=5.0)
+    waviness: float = setting(0.04, minimum=0.0, maximum=0.2)  # amplitude of vertical waves, share of the height
+    stroke_probability: float = setting(0.3, minimum=0.0, maximum=1.0)  # strokes made thicker or thinner
+    ink_gain: float = setting(0.3, minimum=0.0, maximum=0.9)  # ink as faint as 70 %
+    noise: float = setting(0.04, minimum=0.0, maximum=0.5)  # standard deviation, share of full scale
+
+
+def augment_line(pixels: np.ndarray, rng: np.random.Generator, config: AugmentationConfig) -> np.ndarray:
+    """A distorted copy of a normalised line; its width may change, its height does not.
+
+    Args:
+        pixels: (width, height) uint8, ink high.
+        rng: source of all randomness.
+        config: how far to go.
+    """
+    if not config.enabled:
+        return pixels
+    image = pixels.T
+    height, width = image.shape
+    new_width = max(int(width * (1.0 + rng.uniform(-config.width_scale, config.width_scale))), 1)
+    # Shear and rotation push ink past the sides: room is made for it so that no letter is cut.
+    shear = rng.uniform(-config.shear, config.shear)
+    margin = math.ceil(abs(shear) * height / 2.0)
+    image = _warp(image, new_width, margin, shear, rng, config)
+    if rng.random() < config.stroke_probability:
+        operation = cv2.dilate if rng.random() < 0.5 else cv2.erode
+        changed = operation(image, _STROKE_KERNELS[rng.integers(len(_STROKE_KERNELS))])
+        image = cv2.addWeighted(image, 0.4, changed, 0.6, 0.0)
+    values = image.astype(np.float32) * rng.uniform(1.0 - config.ink_gain, 1.0)
+    if config.noise > 0:
+        deviation = rng.uniform(0.0, config.noise) * 255.0
+        values += rng.standard_normal(values.shape, dtype=np.float32) * deviation
+    return np.ascontiguousarray(np.clip(values, 0, 255).astype(np.uint8).T)
+
+
+_STROKE_KERNELS = (
+    np.ones((2, 2), np.uint8),
+    np.ones((1, 3), np.uint8),
+    np.ones((3, 1), np.uint8),
+)
+
+
+def _warp(
+    image: np.ndarray, new_width: int, margin: int, shear: float, rng: np.random.Generator, config: AugmentationConfig
+) -> np.ndarray:
+    """(height, new_width + 2 margin): scaling, offset, shear, rotation and waves in one interpolation."""
+    height, width = image.shape
+    scale_y = 1.0 - rng.uniform(0.0, config.height_scale)
+    free = height * (1.0 - scale_y)
+    offset_y = rng.uniform(0.0, free)
+    # Rotating a long line by an angle lifts its ends far off: bound the lift to a tenth of the height.
+    slope = math.tan(math.radians(rng.uniform(-config.rotation_degrees, config.rotation_degrees)))
+    slope = float(np.clip(slope, -0.1 * height / max(new_width, 1), 0.1 * height / max(new_width, 1)))
+    amplitude = rng.uniform(0.0, config.waviness) * height
+    wavelength = rng.uniform(2.0, 8.0) * height
+    phase = rng.uniform(0.0, 2.0 * math.pi)
+    total_width = new_width + 2 * margin
+    x = np.arange(total_width, dtype=np.float32) - margin
+    y = np.arange(height, dtype=np.float32)[:, None]
+    lift = slope * (x - new_width / 2.0) + amplitude * np.sin(2.0 * math.pi * x / wavelength + phase)
+    source_y = (y - offset_y - lift[None, :].astype(np.float32)) / scale_y
+    source_x = (x[None, :] + shear * (y - height / 2.0)) * (width / new_width)
+    return cv2.remap(
+        image, source_x.astype(np.float32), source_y.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT
+    )

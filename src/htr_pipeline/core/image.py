@@ -1,0 +1,171 @@
+"""Line images: read safely, normalised to one height with ink high and paper at zero."""
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from htr_pipeline.core.config import UserError, config, setting
+
+# Pixels of width that the network turns into one frame; core/model.py builds its pooling from it, and validation
+# needs it to reject lines that are too narrow for their text, without TensorFlow.
+DOWNSAMPLING = 4
+MAX_IMAGE_PIXELS = 100_000_000
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
+
+
+@config("features")
+class ImageConfig:
+    """How a line image becomes the network's input."""
+
+    height_pixels: int = setting(48, minimum=16, maximum=256)
+    max_width_pixels: int = setting(3072, minimum=64, maximum=16384)  # wider lines are squeezed to it
+    even_paper: bool = setting(True)  # divide the paper's shading out
+    find_polarity: bool = setting(True)  # turn light ink on dark paper round
+    stretch_contrast: bool = setting(True)  # darkest ink of every line at full scale
+    deslant: bool = setting(False)
+    shard_lines: int = setting(512, minimum=1)
+    num_workers: int | None = setting(None, minimum=1)  # null: all cores
+
+
+@dataclass(frozen=True)
+class NormalisedLine:
+    """A line ready for the network, with figures of its quality.
+
+    Attributes:
+        pixels: (width, height) uint8, one frame column after the other, ink high.
+        ink_share: share of pixels above half scale.
+        contrast: difference of the 99th and the 1st percentile before stretching, 0 to 1.
+        slant_degrees: leaning of the strokes; positive leans to the right.
+    """
+
+    pixels: np.ndarray
+    ink_share: float
+    contrast: float
+    slant_degrees: float
+
+
+def read_image(source: Path | bytes) -> np.ndarray:
+    """(height, width) uint8 grey image of a PNG, JPEG or TIFF file; transparency is laid on white.
+
+    Args:
+        source: a file's path or its bytes.
+
+    Raises:
+        UserError: missing, unreadable, cut short, of another format, or larger than MAX_IMAGE_PIXELS.
+    """
+    name = str(source) if isinstance(source, Path) else f"{len(source)} bytes of image data"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stream: Path | io.BytesIO = source if isinstance(source, Path) else io.BytesIO(source)
+            with Image.open(stream, formats=IMAGE_FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_IMAGE_PIXELS:
+                    raise UserError(
+                        f"{name}: {width} x {height} pixels; at most {MAX_IMAGE_PIXELS} are read. Cut the page into lines."
+                    )
+                return _to_grey(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise UserError(f"{name}: there is no such file.") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{name}: not an image in one of the formats {', '.join(IMAGE_FORMATS)}.") from None
+    except UserError:
+        raise
+    except Exception as exc:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        raise UserError(f"{name}: the image cannot be decoded ({exc}). Export it again as PNG.") from exc
+
+
+def _to_grey(image: Image.Image) -> np.ndarray:
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode != "F" or values.max(initial=0) > 1.0 else 1.0
+        return np.clip(values * (255.0 / top), 0, 255).astype(np.uint8)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("L"))
+
+
+def scaled_width(width_pixels: int, height_pixels: int, config: ImageConfig) -> int:
+    """Width of a line after scaling to the configured height with its aspect kept."""
+    width = round(width_pixels * config.height_pixels / height_pixels)
+    return min(max(width, 1), config.max_width_pixels)
+
+
+def num_frames(width_pixels: Any) -> Any:
+    """Frames that the network makes of lines of these (scaled) widths: a whole number or an integer array."""
+    return -(-width_pixels // DOWNSAMPLING)
+
+
+def normalise_line(grey: np.ndarray, config: ImageConfig) -> NormalisedLine:
+    """Evens the paper out, makes ink high and scales to the configured height, aspect kept.
+
+    Args:
+        grey: (height, width) uint8 image of one line.
+        config: which steps to take.
+
+    Raises:
+        UserError: the image is empty.
+    """
+    if grey.ndim != 2 or 0 in grey.shape:
+        raise UserError(f"a line image needs two sides of at least one pixel, got shape {grey.shape}.")
+    if config.find_polarity and _is_light_on_dark(grey):
+        grey = 255 - grey
+    paper = _paper(grey) if config.even_paper else np.float32(255.0)
+    ink = np.clip(1.0 - grey.astype(np.float32) / np.maximum(paper, 1.0), 0.0, 1.0)
+    width, height = scaled_width(grey.shape[1], grey.shape[0], config), config.height_pixels
+    smaller = height < grey.shape[0]
+    ink = cv2.resize(ink, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+    low, high = (float(value) for value in np.percentile(ink, (1, 99)))
+    if config.stretch_contrast:
+        # At most fourfold: an empty line must not become a page of amplified grain.
+        ink = np.clip((ink - low) / max(high - low, 0.25), 0.0, 1.0)
+    slant = slant_degrees(ink)
+    if config.deslant:
+        ink = _shear(ink, -slant)
+    pixels = np.ascontiguousarray(np.rint(ink * 255.0).astype(np.uint8).T)
+    return NormalisedLine(pixels, float(np.mean(pixels > 127)), high - low, slant)
+
+
+def _is_light_on_dark(grey: np.ndarray) -> bool:
+    low, middle, high = np.percentile(grey, (1, 50, 99))
+    return bool(middle - low < high - middle)
+
+
+def _paper(grey: np.ndarray) -> np.ndarray:
+    """(height, width) float32 brightness of the paper under the ink: a smoothed local maximum at a quarter scale."""
+    height, width = grey.shape
+    small = cv2.resize(grey, (max(width // 4, 1), max(height // 4, 1)), interpolation=cv2.INTER_AREA)
+    reach = max(height // 4 // 2, 3) | 1
+    small = cv2.dilate(cv2.medianBlur(small, 3), np.ones((reach, reach), np.uint8))
+    small = cv2.GaussianBlur(small, (0, 0), sigmaX=reach)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.float32)
+
+
+def slant_degrees(ink: np.ndarray) -> float:
+    """Leaning of the strokes: the shear after which the columns differ most, in steps of 5 degrees.
+
+    Args:
+        ink: (height, width) float32, ink high.
+
+    Source: the projection-profile criterion of Vinciarelli and Luettin, A new normalization technique for cursive
+        handwritten words, Pattern Recognition Letters 22 (2001).
+    """
+    small = cv2.resize(ink, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) if min(ink.shape) > 1 else ink
+    angles = range(-45, 50, 5)
+    sharpness = [float(np.square(_shear(small, -angle).sum(axis=0)).sum()) for angle in angles]
+    return float(angles[int(np.argmax(sharpness))])
+
+
+def _shear(ink: np.ndarray, degrees: float) -> np.ndarray:
+    height, width = ink.shape
+    slope = math.tan(math.radians(degrees))
+    matrix = np.array([[1.0, -slope, slope * height / 2.0], [0.0, 1.0, 0.0]])
+    return cv2.warpAffine(ink, matrix, (width, height))

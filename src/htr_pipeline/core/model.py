@@ -1,0 +1,222 @@
+"""The network: a CRNN with column max-pooling and a CTC shortcut head.
+
+Source: Retsinas et al., Best practices for a handwritten text recognition system (DAS 2022, arXiv 2404.11339): aspect
+kept, maximum over the rows instead of concatenating them, an auxiliary CTC head straight on the convolutions.
+"""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from htr_pipeline.core.image import DOWNSAMPLING
+from htr_pipeline.core.recipe import ModelConfig
+from htr_pipeline.core.recurrent import lstm
+
+_PACKAGE = "htr_pipeline"
+# Filters of the five convolutions, layers and units of the recurrent part.
+_SIZES: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "XS": ((12, 24, 32, 48, 64), 1, 96),
+    "S": ((16, 32, 48, 64, 96), 2, 128),
+    "M": ((32, 64, 96, 128, 192), 2, 256),
+}
+# (width, height) pooling after each convolution; the widths multiply to DOWNSAMPLING.
+_POOLS = ((2, 2), (2, 2), (1, 2), (1, 1), (1, 1))
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class FrameLength(keras.layers.Layer):
+    """(B,) int32 widths in pixels to (B,) int32 valid frames: image.num_frames for tensors."""
+
+    def call(self, width_pixels: tf.Tensor) -> tf.Tensor:
+        """Rounded up."""
+        return (width_pixels + (DOWNSAMPLING - 1)) // DOWNSAMPLING
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Unchanged."""
+        return input_shape
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class MaskPadding(keras.layers.Layer):
+    """Sets everything to the right of a line's last frame to zero, so that padding cannot change its result.
+
+    Args:
+        columns_per_frame: columns of the features that make one frame at the network's end.
+    """
+
+    def __init__(self, columns_per_frame: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.columns_per_frame = columns_per_frame
+
+    def call(self, inputs: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+        """(B, columns, rows, channels) features and (B,) int32 frame lengths to features of the same shape."""
+        features, length = inputs
+        mask = tf.sequence_mask(length * self.columns_per_frame, tf.shape(features)[1], dtype=features.dtype)
+        return features * mask[:, :, tf.newaxis, tf.newaxis]
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Shape of the features."""
+        return input_shape[0]
+
+    def get_config(self) -> dict[str, Any]:
+        """Constructor arguments, for saving."""
+        return {**super().get_config(), "columns_per_frame": self.columns_per_frame}
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class FusedBatchNorm(keras.layers.Layer):
+    """Batch normalisation over the last axis in TensorFlow's fused kernel; Keras' own takes several passes on a CPU.
+
+    Args:
+        momentum: of the moving statistics. Few steps are taken on little data: 0.99 would lag behind.
+        epsilon: added to the variance.
+    """
+
+    def __init__(self, momentum: float = 0.95, epsilon: float = 1e-3, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.momentum = momentum
+        self.epsilon = epsilon
+
+    def build(self, input_shape: Any) -> None:
+        """Makes scale, offset and the moving statistics, (channels,) float32 each."""
+        shape = (input_shape[-1],)
+        self.gamma = self.add_weight(name="gamma", shape=shape, initializer="ones", dtype="float32")
+        self.beta = self.add_weight(name="beta", shape=shape, initializer="zeros", dtype="float32")
+        self.mean = self.add_weight(name="mean", shape=shape, initializer="zeros", trainable=False, dtype="float32")
+        self.variance = self.add_weight(
+            name="variance", shape=shape, initializer="ones", trainable=False, dtype="float32"
+        )
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """(B, W, H, channels) to the same shape."""
+        scale, offset = tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)
+        if not training:
+            return tf.compat.v1.nn.fused_batch_norm(
+                inputs,
+                scale,
+                offset,
+                tf.convert_to_tensor(self.mean),
+                tf.convert_to_tensor(self.variance),
+                epsilon=self.epsilon,
+                is_training=False,
+            )[0]
+        outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(inputs, scale, offset, epsilon=self.epsilon)
+        for moving, batch in ((self.mean, mean), (self.variance, variance)):
+            moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
+        return outputs
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Unchanged."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """Constructor arguments, for saving."""
+        return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class BidirectionalLSTM(keras.layers.Layer):
+    """An LSTM over the frames and one over the reversed valid frames, run in one loop, outputs concatenated.
+
+    Unlike in keras.layers.Bidirectional, the backward LSTM starts at the line's own last frame and not in the padding.
+
+    Args:
+        units: size of each direction.
+    """
+
+    def __init__(self, units: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.units = units
+
+    def build(self, input_shape: Any) -> None:
+        """Makes kernel, recurrent kernel and bias of each direction for (B, T, features)."""
+        features, gates = input_shape[0][-1], 4 * self.units
+
+        def weights(name: str, shape: tuple[int, ...], initializer: str) -> list[Any]:
+            return [
+                self.add_weight(name=f"{direction}_{name}", shape=shape, initializer=initializer, dtype="float32")
+                for direction in ("forward", "backward")
+            ]
+
+        self.kernels = weights("kernel", (features, gates), "glorot_uniform")
+        self.recurrent_kernels = weights("recurrent_kernel", (self.units, gates), "orthogonal")
+        self.biases = weights("bias", (gates,), "zeros")
+
+    def call(self, inputs: tuple[tf.Tensor, tf.Tensor], training: bool = False) -> tf.Tensor:
+        """(B, T, features) and (B,) int32 lengths to (B, T, 2 * units)."""
+        features, length = inputs
+        forward = tf.transpose(features, [1, 0, 2])
+        directions = (forward, self._reversed(forward, length))
+        projected = [
+            self._project(x, kernel, bias)
+            for x, kernel, bias in zip(directions, self.kernels, self.biases, strict=True)
+        ]
+        recurrent_kernel = tf.stack([tf.convert_to_tensor(kernel) for kernel in self.recurrent_kernels])
+        hidden = lstm(tf.stack(projected, axis=1), recurrent_kernel, training)
+        both = tf.concat([hidden[:, 0], self._reversed(hidden[:, 1], length)], axis=-1)
+        return tf.transpose(both, [1, 0, 2])
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """(B, T, 2 * units)."""
+        return (*input_shape[0][:2], 2 * self.units)
+
+    def get_config(self) -> dict[str, Any]:
+        """Constructor arguments, for saving."""
+        return {**super().get_config(), "units": self.units}
+
+    @staticmethod
+    def _project(frames: tf.Tensor, kernel: Any, bias: Any) -> tf.Tensor:
+        # As one matrix: the gradient of a product of three by two dimensions takes three times as long.
+        projected = tf.matmul(tf.reshape(frames, [-1, frames.shape[-1]]), kernel) + bias
+        return tf.reshape(projected, tf.concat([tf.shape(frames)[:-1], [projected.shape[-1]]], axis=0))
+
+    @staticmethod
+    def _reversed(frames: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
+        return tf.reverse_sequence(frames, length, seq_axis=0, batch_axis=1)
+
+
+def build_model(config: ModelConfig, num_classes: int, height_pixels: int, seed: int) -> keras.Model:
+    """A network from line images to logits.
+
+    Args:
+        config: size and dropout.
+        num_classes: characters plus the blank, which is the last class.
+        height_pixels: height of the line images.
+        seed: of the initial weights and of dropout.
+
+    Returns:
+        A model of {"pixels": (B, W, height_pixels) uint8, "width_pixels": (B,) int32}, W a multiple of DOWNSAMPLING,
+        that returns {"logits": (B, W / 4, num_classes) float32, "shortcut_logits": the same shape, for training only}.
+        Frames past num_frames(width_pixels) are padding and influence no valid frame.
+    """
+    filters, recurrent_layers, units = _SIZES[config.size]
+    keras.utils.set_random_seed(seed)
+    pixels = keras.Input((None, height_pixels), dtype="uint8", name="pixels")
+    width = keras.Input((), dtype="int32", name="width_pixels")
+    length = FrameLength(name="frame_length")(width)
+    x = keras.layers.Rescaling(1.0 / 255.0, name="rescale")(pixels)
+    x = keras.layers.Reshape((-1, height_pixels, 1), name="channel")(x)
+    columns_per_frame = DOWNSAMPLING
+    for index, (channels, pool) in enumerate(zip(filters, _POOLS, strict=True), start=1):
+        x = keras.layers.Conv2D(channels, 3, padding="same", use_bias=False, name=f"conv_{index}")(x)
+        if pool != (1, 1):
+            # Before the normalisation, which then has a quarter of the work and nearly the same result.
+            x = keras.layers.MaxPooling2D(pool, padding="same", name=f"pool_{index}")(x)
+            columns_per_frame //= pool[0]
+        x = FusedBatchNorm(name=f"norm_{index}")(x)
+        x = keras.layers.ReLU(name=f"relu_{index}")(x)
+        x = MaskPadding(columns_per_frame, name=f"mask_{index}")([x, length])
+    columns = keras.layers.Reshape((-1, channels), name="columns")(
+        keras.layers.MaxPooling2D((1, -(-height_pixels // 8)), name="column_max")(x)
+    )
+    columns = keras.layers.Dropout(config.column_dropout, seed=seed + 1, name="column_dropout")(columns)
+    x = columns
+    for index in range(1, recurrent_layers + 1):
+        x = BidirectionalLSTM(units, name=f"recurrent_{index}")([x, length])
+        x = keras.layers.Dropout(config.recurrent_dropout, seed=seed + 1 + index, name=f"recurrent_dropout_{index}")(x)
+    logits = keras.layers.Dense(num_classes, dtype="float32", name="logits")(x)
+    shortcut = keras.layers.Conv1D(num_classes, 3, padding="same", dtype="float32", name="shortcut_logits")(columns)
+    return keras.Model(
+        {"pixels": pixels, "width_pixels": width}, {"logits": logits, "shortcut_logits": shortcut}, name="htr"
+    )

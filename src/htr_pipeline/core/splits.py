@@ -1,0 +1,84 @@
+"""Which split a line belongs to: decided by writer, once, and the same on every machine."""
+
+import hashlib
+from collections.abc import Sequence
+
+# Each split with the names that data sets have for it.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "development", "eval"),
+    "test": ("test", "testing"),
+}
+
+
+def parse_split(name: str) -> str | None:
+    """The split that a data set calls by this name, in upper or lower case; None where it is no such name."""
+    return next((split for split, names in SPLIT_NAMES.items() if name.strip().lower() in names), None)
+
+
+def assign_splits(
+    line_ids: Sequence[str],
+    writer_ids: Sequence[str],
+    given: Sequence[str | None],
+    *,
+    validation_share: float = 0.1,
+    test_share: float = 0.1,
+) -> tuple[list[str], list[str]]:
+    """A split for every line, and warnings in words where a test line may be by a hand seen in training.
+
+    Splits that are given stay. Every other writer goes where the hash of the writer's id falls, so that lines which
+    arrive later join their writer's split and no line ever moves. Two departures, both only for lines without a split:
+
+    - The hash leaves a split empty (few writers): the writers are dealt out in the order of their hashes by the shares.
+    - Fewer than three writers: the lines are dealt out instead, with a warning.
+
+    Args:
+        line_ids: one a line, distinct.
+        writer_ids: one a line.
+        given: split of a line where it is known, else None.
+        validation_share: share of the writers for validation, 0 to 1.
+        test_share: share of the writers for test, 0 to 1.
+
+    Returns:
+        "train", "validation" or "test" for each line, and the warnings.
+    """
+    split_of: dict[str, str] = {}
+    for writer_id, split in zip(writer_ids, given, strict=True):
+        if split is not None:
+            split_of.setdefault(writer_id, split)
+    free = sorted(set(writer_ids) - split_of.keys(), key=_position)
+    warnings = []
+    if free and len(set(writer_ids)) == len(line_ids) >= 3:
+        warnings.append(
+            "Every line counts as a writer of its own, so the test may contain hands seen in training. "
+            "Name the writers: source.writer_pattern for files, source.writer_column for a table."
+        )
+    units: Sequence[str] = writer_ids
+    if free and len(set(writer_ids)) < 3 and not split_of:
+        warnings.append(
+            f"Only {len(free)} writer(s) for three splits: split by line, so the test has hands seen in training and "
+            "its CER says nothing about new hands. Add lines of more writers, or give the splits in the source."
+        )
+        units, free = line_ids, sorted(line_ids, key=_position)
+
+    for unit in free:
+        split_of[unit] = _split_at(_position(unit), validation_share, test_share)
+    if len(free) >= 3 and set(split_of.values()) != SPLIT_NAMES.keys():
+        num_test = max(1, round(test_share * len(free)))
+        num_validation = max(1, round(validation_share * len(free)))
+        for index, unit in enumerate(free):
+            split_of[unit] = (
+                "test" if index < num_test else "validation" if index < num_test + num_validation else "train"
+            )
+    return [split or split_of[unit] for unit, split in zip(units, given, strict=True)], warnings
+
+
+def _position(identifier: str) -> float:
+    """Where the identifier falls between 0 and 1; SHA-256, since Python's own hash changes from run to run."""
+    return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8]) / 2**64
+
+
+def _split_at(position: float, validation_share: float, test_share: float) -> str:
+    if position < test_share:
+        return "test"
+    return "validation" if position < test_share + validation_share else "train"

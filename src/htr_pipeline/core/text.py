@@ -1,0 +1,99 @@
+"""Transcriptions as code points and as CTC labels."""
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from htr_pipeline.core.config import UserError
+
+
+def normalise_text(text: str, unicode_form: str = "NFC") -> str:
+    """Text as it is trained on and scored: one Unicode form, runs of white space made one blank, ends trimmed.
+
+    Args:
+        text: a transcription.
+        unicode_form: NFC, NFD, NFKC or NFKD.
+    """
+    return " ".join(unicodedata.normalize(unicode_form, text).split())
+
+
+def required_frames(text: str) -> int:
+    """Fewest frames that can hold the text under CTC: its length plus one blank between equal neighbours."""
+    return len(text) + sum(left == right for left, right in zip(text, text[1:], strict=False))
+
+
+class Charset:
+    """The ordered characters that a network can write; the CTC blank is the class after the last of them.
+
+    Args:
+        characters: distinct single code points; their positions are their classes.
+
+    Raises:
+        UserError: a character stands twice or is longer than one code point.
+    """
+
+    def __init__(self, characters: Sequence[str]) -> None:
+        self.characters = tuple(characters)
+        self._index = {character: index for index, character in enumerate(self.characters)}
+        wrong = [c for c in self.characters if len(c) != 1]
+        doubled = [c for c, count in Counter(self.characters).items() if count > 1]
+        if wrong or doubled:
+            raise UserError(f"A charset holds distinct single characters; not single: {wrong}, doubled: {doubled}.")
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str]) -> "Charset":
+        """Every character of the texts, in code point order."""
+        return cls(sorted(set().union(*texts)))
+
+    @classmethod
+    def from_json(cls, document: str) -> "Charset":
+        """Reads what to_json wrote."""
+        return cls(json.loads(document)["characters"])
+
+    def to_json(self) -> str:
+        """A JSON document with the characters in class order."""
+        return json.dumps({"characters": self.characters, "blank_index": self.blank_index}, ensure_ascii=False, indent=1)
+
+    @property
+    def blank_index(self) -> int:
+        """Class of the CTC blank: the last."""
+        return len(self.characters)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of characters plus the blank."""
+        return len(self.characters) + 1
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def __contains__(self, character: str) -> bool:
+        return character in self._index
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Charset) and self.characters == other.characters
+
+    def __hash__(self) -> int:
+        return hash(self.characters)
+
+    def unknown(self, text: str) -> str:
+        """Characters of the text that the charset lacks, each once, in code point order."""
+        return "".join(sorted(set(text) - self._index.keys()))
+
+    def encode(self, text: str) -> np.ndarray:
+        """(len(text),) int32 classes.
+
+        Raises:
+            UserError: the text has a character that the charset lacks.
+        """
+        unknown = self.unknown(text)
+        if unknown:
+            raise UserError(f"{text!r} has characters that the charset of {len(self)} lacks: {unknown!r}.")
+        return np.array([self._index[character] for character in text], dtype=np.int32)
+
+    def decode(self, labels: Iterable[int]) -> str:
+        """Text of a sequence of classes without blanks."""
+        return "".join(self.characters[label] for label in labels)

@@ -1,0 +1,233 @@
+"""What happens around a run: one MLflow run for one `kedro run`, checked parameter names, a summary at the end."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kedro.framework.context import KedroContext
+from kedro.framework.hooks import hook_impl
+from kedro.framework.project import pipelines
+from kedro.io import DataCatalog
+from kedro.pipeline import Pipeline
+from tqdm import tqdm
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.io.datasets import replacing
+
+logger = logging.getLogger(__name__)
+
+# A run that was killed left this file: the same command again goes on in the same MLflow run.
+_RUN_FILE = Path("data/.mlflow_run.json")
+_PACKAGES = ("htr-pipeline", "kedro", "keras", "mlflow", "great-expectations", "pyarrow", "numpy")
+
+
+class ProgressSafeHandler(logging.StreamHandler):
+    """Writes log lines above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the record."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class SettingsHook:
+    """Stops a run whose parameters hold a block that nothing reads; Kedro checks the keys within the blocks."""
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Compares the names of the blocks with what the pipelines ask for."""
+        inputs = set().union(*(pipeline.inputs() for pipeline in pipelines.values()))
+        known = {name.removeprefix("params:").split(".")[0] for name in inputs if name.startswith("params:")}
+        for key, value in context.params.items():
+            if key not in known:
+                close = get_close_matches(key, known, n=1)
+                hint = f" Did you mean {close[0]}?" if close else ""
+                raise UserError(
+                    f"{key} = {value!r}: there is no such block of parameters.{hint} Allowed: {', '.join(sorted(known))}."
+                )
+
+
+class MlflowHook:
+    """Keeps one MLflow run open during a `kedro run`, and puts into it what can be known without the nodes."""
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Remembers where the project is and what was asked for."""
+        self._project = Path(context.project_path)
+        self._settings = context.config_loader["mlflow"]
+        self._parameters = context.config_loader["parameters"]
+        self._env = context.env
+
+    @hook_impl
+    def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
+        """Starts the run, or joins the one of MLFLOW_RUN_ID or of a killed process."""
+        import mlflow
+
+        mlflow.set_tracking_uri(self._tracking_uri())
+        run_id = os.environ.get("MLFLOW_RUN_ID") or self._killed_run(run_params)
+        if run_id is None:
+            names = run_params.get("pipeline_names") or []
+            mlflow.set_experiment(experiment_id=self._experiment_id())
+            mlflow.start_run(run_name="+".join(names) or "kedro run", tags=self._tags(run_params))
+            mlflow.log_params(_flat(self._parameters))
+        else:
+            mlflow.start_run(run_id=run_id)
+        with replacing(self._project / _RUN_FILE) as partial:
+            content = {"run_id": mlflow.active_run().info.run_id, "command": self._command_hash(run_params)}
+            partial.write_text(json.dumps(content))
+
+    @hook_impl
+    def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
+        """Logs what the tables say."""
+        import mlflow
+
+        if not mlflow.active_run():
+            return
+        if dataset_name == "feature_stats":
+            mlflow.set_tag("data_hash", data["data_hash"])
+            mlflow.log_metrics({f"num_lines_{split}": count for split, count in data["num_lines"].items()})
+        elif dataset_name == "metrics":
+            mlflow.set_tag("signature", data["signature"])
+            for split, decoders in data["splits"].items():
+                for decoder, score in decoders.items():
+                    mlflow.log_metrics({f"{split}_{name}_{decoder}": score[name] for name in ("cer", "wer")})
+        elif dataset_name == "validation_summary":
+            mlflow.log_dict(data, "validation_summary.json")
+        elif dataset_name == "report":
+            mlflow.log_text(data, "report.html")
+
+    @hook_impl
+    def after_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Ends the run and says where everything is."""
+        import mlflow
+
+        docs = self._project / self._parameters["validation"]["docs_path"]
+        if "rejected_lines" in pipeline.all_outputs() and docs.exists():
+            mlflow.log_artifacts(str(docs), "validation")
+        run_id = mlflow.active_run().info.run_id
+        self._end("FINISHED")
+        if "report" in pipeline.all_outputs():
+            _print_summary(catalog, docs, run_id)
+
+    @hook_impl
+    def on_pipeline_error(self) -> None:
+        """Ends the run as failed."""
+        self._end("FAILED")
+
+    def _end(self, status: str) -> None:
+        import mlflow
+
+        mlflow.end_run(status)
+        (self._project / _RUN_FILE).unlink(missing_ok=True)
+
+    def _tracking_uri(self) -> str:
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or self._settings["tracking_uri"]
+        local = uri.removeprefix("sqlite:///")
+        return uri if local == uri or local.startswith("/") else f"sqlite:///{self._project / local}"
+
+    def _experiment_id(self) -> str:
+        import mlflow
+
+        name = self._settings["experiment"]
+        if found := mlflow.get_experiment_by_name(name):
+            return found.experiment_id
+        # A tracking server knows best where its artifacts are; the embedded store would put them under the caller's folder.
+        embedded = mlflow.get_tracking_uri().startswith("sqlite:")
+        place = (self._project / self._settings["artifact_path"]).as_uri() if embedded else None
+        return mlflow.create_experiment(name, artifact_location=place)
+
+    def _killed_run(self, run_params: dict[str, Any]) -> str | None:
+        """The run that a killed process of the same command left open; one of another command is marked as killed."""
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        try:
+            left = json.loads((self._project / _RUN_FILE).read_text())
+            if mlflow.get_run(left["run_id"]).info.status != "RUNNING":
+                return None
+        except (OSError, ValueError, MlflowException):
+            return None
+        if left["command"] == self._command_hash(run_params):
+            logger.info("Going on in the MLflow run %s of an interrupted process.", left["run_id"])
+            return left["run_id"]
+        mlflow.MlflowClient().set_terminated(left["run_id"], "KILLED")
+        return None
+
+    def _command_hash(self, run_params: dict[str, Any]) -> str:
+        asked = {key: run_params.get(key) for key in ("pipeline_names", "tags", "node_names", "from_nodes", "to_nodes")}
+        content = json.dumps([asked, self._parameters], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _tags(self, run_params: dict[str, Any]) -> dict[str, str]:
+        git = {"git_commit": ["rev-parse", "HEAD"], "git_changes": ["status", "--porcelain"]}
+        tags = {name: _git(self._project, *arguments) for name, arguments in git.items()}
+        tags["git_changes"] = "uncommitted changes" if tags["git_changes"] else "none"
+        return {
+            **tags,
+            "kedro_env": str(self._env),
+            "pipelines": ", ".join(run_params.get("pipeline_names") or ["all"]),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            **{f"version {name}": version(name) for name in _PACKAGES},
+        }
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _flat(parameters: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in parameters.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
+    """The last lines of a whole run: what came out, where it is, what to do next."""
+    metrics, registration = catalog.load("metrics"), catalog.load("registration")
+    split, decoder = metrics["headline"]["split"], metrics["headline"]["decoder"]
+    score = metrics["splits"][split][decoder]
+    here = Path.cwd()
+
+    def shown(path: Any) -> Path:
+        path = Path(path)
+        return path.relative_to(here) if path.is_relative_to(here) else path
+
+    def place(name: str) -> Path:
+        return shown(catalog[name]._describe()["filepath"])
+
+    champion = f"alias champion: version {registration['champion_version']}"
+    lines = [
+        "",
+        f"CER {score['cer']:.2%} (95 % interval {score['cer_low']:.2%} to {score['cer_high']:.2%}), "
+        f"WER {score['wer']:.2%} on {score['num_lines']} {split} lines, {decoder}",
+        "",
+        f"  manifest       {place('manifest')}",
+        f"  rejected       {place('rejected_lines')}",
+        f"  Data Docs      {shown(docs) / 'index.html'}",
+        f"  features       {place('features')}",
+        f"  network        {place('model')}",
+        f"  predictions    {place('predictions')}",
+        f"  metrics        {place('metrics')}",
+        f"  MLflow run     {run_id}",
+        f"  model          {registration['model_uri']} ({champion}; {registration['reason']})",
+        f"  report         {place('report')}",
+        "",
+        "Next:",
+        f"  xdg-open {place('report')}    # look at it (macOS: open)",
+        "  make ui                                     # runs and models in MLflow, on http://127.0.0.1:5000",
+        '  kedro run --params "source.path=FOLDER,source.format=lines"   # your own lines: NAME.png beside NAME.gt.txt',
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")

@@ -1,0 +1,85 @@
+"""Line images with their text beside them: NAME.png, .jpg, .jpeg, .tif or .tiff and NAME.gt.txt."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.core.splits import parse_split
+
+if TYPE_CHECKING:
+    from htr_pipeline.io.importers import SourceConfig
+
+TEXT_SUFFIX = ".gt.txt"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+
+
+def read_lines(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
+    """One row for each image and each text file below the folder, sorted by path; hidden files are not looked at.
+
+    The first folder below `path` is the writer, and the folder of the image is the page. Where all first folders are
+    named like splits (train/, val/, test/) they are the splits, and the folder below is the writer.
+
+    Args:
+        path: the folder.
+        config: not used; the writer rule applies to every format.
+
+    Raises:
+        UserError: the path is not a folder.
+    """
+    if not path.is_dir():
+        raise UserError(f"source.path = {str(path)!r}: format 'lines' expected a folder, got a file. Give its folder.")
+    files = sorted(_visible_files(path))
+    images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    texts = {name.removesuffix(TEXT_SUFFIX) for name in files if name.endswith(TEXT_SUFFIX)}
+    first_folders = {name.split("/")[0] for name in images if "/" in name}
+    folders_are_splits = len(first_folders) > 1 and all(map(parse_split, first_folders))
+
+    rows = []
+    for name in images:
+        line_id = name.rpartition(".")[0]
+        row: dict[str, Any] = {"line_id": line_id, "file": name, "image_path": name}
+        folders = name.split("/")[:-1]
+        if folders_are_splits and folders:
+            row["split"] = parse_split(folders[0])
+            folders = folders[1:]
+        if folders:
+            row |= {"writer_id": folders[0], "page_id": "/".join(folders)}
+        rows.append(row | _read_text(path, line_id + TEXT_SUFFIX))
+    rows += [
+        {
+            "line_id": stem,
+            "file": stem + TEXT_SUFFIX,
+            "reason": "missing_image",
+            "detail": f"{stem}{TEXT_SUFFIX}: there is no image {stem} ending in {', '.join(IMAGE_SUFFIXES)}. "
+            "Put the image beside it or remove the text.",
+        }
+        for stem in sorted(texts - {row["line_id"] for row in rows})
+    ]
+    return sorted(rows, key=lambda row: row["file"])
+
+
+def _visible_files(path: Path) -> Iterator[str]:
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
+        for name in names:
+            if not name.startswith("."):
+                yield (Path(folder) / name).relative_to(path).as_posix()
+
+
+def _read_text(root: Path, name: str) -> dict[str, str]:
+    """The text of a line, or why there is none."""
+    try:
+        return {"text": (root / name).read_text(encoding="utf-8-sig")}
+    except FileNotFoundError:
+        detail = f"there is no {name} beside the image. Transcribe the line into it or remove the image."
+        return {"reason": "missing_text", "detail": detail}
+    except UnicodeDecodeError as exc:
+        detail = f"{name} is not UTF-8 (byte {exc.start}). Save it again as UTF-8."
+        return {"reason": "unreadable_text", "detail": detail}
+    except OSError as exc:
+        return {
+            "reason": "unreadable_text",
+            "detail": f"{name} cannot be read ({exc.strerror}). Check its permissions.",
+        }

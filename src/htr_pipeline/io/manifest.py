@@ -1,0 +1,136 @@
+"""The tables that the pipelines exchange: one Arrow schema each, with a version in the file's metadata."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = "1"
+SPLITS = ("train", "validation", "test")
+
+
+def _schema(table: str, fields: list[pa.Field]) -> pa.Schema:
+    return pa.schema(fields, metadata={"table": table, "schema_version": SCHEMA_VERSION})
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+_POINTS = pa.list_(pa.list_(pa.int32()))
+
+MANIFEST = _schema(
+    "manifest",
+    [
+        _required("line_id", pa.string()),
+        _required("page_id", pa.string()),
+        _required("writer_id", pa.string()),  # the document where the writer is unknown
+        _required("split", pa.string()),
+        _required("text", pa.string()),
+        _required("image_path", pa.string()),  # relative to the root of its source
+        pa.field("polygon", _POINTS),  # pixels of the page; null for line images
+        pa.field("baseline", _POINTS),
+        _required("source", pa.string()),
+        _required("format", pa.string()),
+        _required("width_pixels", pa.int32()),
+        _required("height_pixels", pa.int32()),
+        _required("content_hash", pa.string()),
+        pa.field("group", pa.string()),  # anything to break results down by: font, hand, collection
+    ],
+)
+
+REJECTED_LINES = _schema(
+    "rejected_lines",
+    [
+        _required("line_id", pa.string()),
+        pa.field("file", pa.string()),
+        _required("stage", pa.string()),
+        _required("reason", pa.string()),  # a code
+        _required("detail", pa.string()),  # a sentence
+    ],
+)
+
+FEATURES = _schema(
+    "features",
+    [
+        _required("line_id", pa.string()),
+        _required("split", pa.string()),
+        _required("writer_id", pa.string()),
+        pa.field("group", pa.string()),
+        _required("text", pa.string()),
+        _required("pixels", pa.binary()),  # uint8, one column of height_pixels after the other, ink high
+        _required("width_pixels", pa.int32()),
+        _required("height_pixels", pa.int32()),
+        _required("ink_share", pa.float32()),
+        _required("contrast", pa.float32()),
+        _required("slant_degrees", pa.float32()),
+    ],
+)
+
+HISTORY = _schema(
+    "history",
+    [
+        _required("epoch", pa.int32()),
+        _required("step", pa.int32()),
+        _required("train_loss", pa.float64()),  # nats a line
+        _required("train_cer", pa.float64()),  # greedy, on the augmented batches
+        _required("validation_loss", pa.float64()),
+        _required("validation_cer", pa.float64()),
+        _required("learning_rate", pa.float64()),
+        _required("blank_share", pa.float64()),
+        _required("output_length_ratio", pa.float64()),  # mean output length over mean label length
+        _required("gradient_norm", pa.float64()),
+        _required("lines_per_second", pa.float64()),
+        _required("data_wait_seconds", pa.float64()),
+        _required("elapsed_seconds", pa.float64()),
+    ],
+)
+
+PREDICTIONS = _schema(
+    "predictions",
+    [
+        _required("line_id", pa.string()),
+        _required("split", pa.string()),
+        _required("writer_id", pa.string()),
+        pa.field("group", pa.string()),
+        _required("decoder", pa.string()),
+        _required("reference", pa.string()),
+        _required("hypothesis", pa.string()),
+        _required("confidence", pa.float32()),
+        _required("hits", pa.int32()),
+        _required("substitutions", pa.int32()),
+        _required("insertions", pa.int32()),
+        _required("deletions", pa.int32()),
+        _required(
+            "characters",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("character", pa.string()),
+                        pa.field("start_frame", pa.int32()),
+                        pa.field("end_frame", pa.int32()),  # exclusive
+                        pa.field("confidence", pa.float32()),
+                    ]
+                )
+            ),
+        ),
+    ],
+)
+
+
+def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema, metadata: Mapping[str, str] | None = None) -> pa.Table:
+    """An Arrow table of the rows with the schema's columns, types and metadata, plus more metadata.
+
+    Args:
+        rows: mappings from column name to value; a missing nullable column is null.
+        schema: one of this module's schemas.
+        metadata: further entries of the file's metadata.
+
+    Raises:
+        ValueError: a required column is missing or null.
+    """
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    for field in schema:
+        if not field.nullable and table.column(field.name).null_count:
+            raise ValueError(f"Column {field.name!r} must have a value in every row; {table.column(field.name).null_count} lack it.")
+    return table.replace_schema_metadata({**(schema.metadata or {}), **(metadata or {})})

@@ -1,0 +1,117 @@
+"""The model as MLflow keeps and serves it: everything that is needed to read a line image, and no pickle.
+
+MLflow stores this file beside the artifacts ("models from code") and runs it when the model is loaded.
+"""
+
+import base64
+import binascii
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import AnyType
+
+from htr_pipeline.core.batching import Line
+from htr_pipeline.core.config import UserError
+from htr_pipeline.core.image import ImageConfig, normalise_line, read_image
+from htr_pipeline.core.recipe import DecodingConfig
+from htr_pipeline.core.text import Charset
+
+# Lines normalised and read at a time: the bound of memory on long lists.
+_CHUNK_LINES = 256
+
+
+def signature(decoding: DecodingConfig) -> ModelSignature:
+    """One column of images in; text, confidence and error out; the decoder as parameters."""
+    return ModelSignature(
+        inputs=Schema([ColSpec(AnyType(), "image")]),
+        outputs=Schema(
+            [
+                ColSpec(DataType.string, "text", required=False),
+                ColSpec(DataType.double, "confidence", required=False),
+                ColSpec(DataType.string, "error", required=False),
+            ]
+        ),
+        params=ParamSchema(
+            [
+                ParamSpec("decoder", DataType.string, decoding.decoder),
+                ParamSpec("beam_width", DataType.long, decoding.beam_width),
+            ]
+        ),
+    )
+
+
+def write_settings(path: Path, features: ImageConfig, decoding: DecodingConfig) -> None:
+    """The part of the configuration that reading a line depends on."""
+    path.write_text(json.dumps({"features": asdict(features), "decoding": asdict(decoding)}, indent=1), encoding="utf-8")
+
+
+class LineReader(mlflow.pyfunc.PythonModel):
+    """Reads line images: a DataFrame with the column `image`, paths or bytes of PNG, JPEG or TIFF files.
+
+    Over REST an image is base64 text, and paths are not opened: a request must not read the server's files.
+    """
+
+    def load_context(self, context: Any) -> None:
+        """Loads network, charset and settings from the model's artifacts."""
+        import keras
+
+        import htr_pipeline.core.model  # noqa: F401  registers the layers
+        from htr_pipeline.core.inference import Network
+
+        files = {name: Path(path) for name, path in context.artifacts.items()}
+        settings = json.loads(files["settings"].read_text(encoding="utf-8"))
+        self._features = ImageConfig(**settings["features"])
+        charset = Charset.from_json(files["charset"].read_text(encoding="utf-8"))
+        self._network = Network(keras.models.load_model(files["network"], compile=False, safe_mode=True), charset)
+
+    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """One row for each image: text, confidence (0 to 1), and the error where the image could not be read."""
+        decoding = DecodingConfig(**(params or {}))
+        images = list(model_input["image"]) if isinstance(model_input, pd.DataFrame) else list(model_input)
+        rows = []
+        for start in range(0, len(images), _CHUNK_LINES):
+            rows += self._read(images[start : start + _CHUNK_LINES], decoding)
+        return pd.DataFrame(rows, columns=["text", "confidence", "error"])
+
+    def _read(self, images: list[Any], decoding: DecodingConfig) -> list[tuple[str | None, float | None, str | None]]:
+        lines, errors = [], {}
+        for index, image in enumerate(images):
+            try:
+                pixels = normalise_line(read_image(_source(image)), self._features).pixels
+                lines.append(Line(str(index), pixels, ""))
+            except UserError as exc:
+                errors[index] = str(exc)
+        readings = iter(self._network.decode(self._network.log_probs(lines), decoding))
+        rows: list[tuple[str | None, float | None, str | None]] = []
+        for index in range(len(images)):
+            if index in errors:
+                rows.append((None, None, errors[index]))
+            else:
+                reading = next(readings)
+                rows.append((reading.text, reading.confidence, None))
+        return rows
+
+
+def _source(image: Any) -> Path | bytes:
+    if isinstance(image, bytes | bytearray | memoryview | np.bytes_):
+        return bytes(image)
+    # The scoring server is the one place where input comes from strangers.
+    if "mlflow.pyfunc.scoring_server.app" in sys.modules:
+        try:
+            return base64.b64decode(image, validate=True)
+        except (binascii.Error, ValueError, TypeError):
+            raise UserError("the image must be the base64 text of a PNG, JPEG or TIFF file.") from None
+    if isinstance(image, str | Path):
+        return Path(image)
+    raise UserError(f"an image is given as a path or as bytes, got {type(image).__name__}.")
+
+
+mlflow.models.set_model(LineReader())

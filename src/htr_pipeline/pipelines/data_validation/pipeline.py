@@ -1,0 +1,39 @@
+"""Source to manifest: import, split by writer, check with Great Expectations."""
+
+from kedro.pipeline import Node, Pipeline
+
+from htr_pipeline.pipelines.data_validation.nodes import check_manifest, import_source, validate_lines
+
+
+def create_pipeline(**_: object) -> Pipeline:
+    """The data_validation pipeline."""
+    return Pipeline(
+        [
+            Node(
+                import_source,
+                inputs=["params:source", "params:demo"],
+                outputs=["imported_lines", "import_rejections", "import_warnings"],
+                name="import_source",
+            ),
+            Node(
+                validate_lines,
+                inputs=[
+                    "imported_lines",
+                    "import_rejections",
+                    "import_warnings",
+                    "params:validation",
+                    "params:features",
+                ],
+                outputs=["validated_lines", "rejected_lines", "validation_summary"],
+                name="validate_lines",
+            ),
+            # A node of its own: what a node returns is saved only if it does not raise, and the rejected lines must be
+            # on disk when the run stops because of them.
+            Node(
+                check_manifest,
+                inputs=["validated_lines", "rejected_lines", "validation_summary", "params:validation"],
+                outputs="manifest",
+                name="check_manifest",
+            ),
+        ]
+    )

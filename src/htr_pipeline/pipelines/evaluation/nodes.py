@@ -1,0 +1,159 @@
+"""Nodes: model, charset, features → predictions, metrics."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import islice
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from htr_pipeline.core.batching import Line
+from htr_pipeline.core.config import config, setting
+from htr_pipeline.core.metrics import bootstrap_interval, score_lines, signature
+from htr_pipeline.core.recipe import DecodingConfig
+from htr_pipeline.core.text import Charset
+from htr_pipeline.io.features import FeatureShards
+from htr_pipeline.io.manifest import PREDICTIONS, to_table
+
+DECODERS = ("greedy", "beam")
+_SPLITS = ("validation", "test")
+# Lines whose network outputs are in memory at the same time.
+_CHUNK_LINES = 256
+
+
+@config("evaluation")
+class EvaluationConfig:
+    """How far the figures can be trusted."""
+
+    confidence: float = setting(0.95, minimum=0.5, maximum=0.999)
+    bootstrap_samples: int = setting(1000, minimum=100)
+    seed: int = setting(1, minimum=0)
+
+
+def read_lines(features: FeatureShards, model: Any, charset: str, decoding: DecodingConfig) -> pa.Table:
+    """Features, model, charset → predictions: validation and test lines read with every decoder."""
+    from htr_pipeline.core.inference import Network
+
+    network = Network(model, Charset.from_json(charset))
+    figures = features.figures().to_pandas().set_index("line_id")
+    rows = []
+    with tqdm(total=int(figures["split"].isin(_SPLITS).sum()), desc="Reading", unit="line") as bar:
+        for lines in _chunks(line for split in _SPLITS for line in features.lines(split)):
+            log_probs = network.log_probs(lines)
+            for decoder in DECODERS:
+                readings = network.decode(log_probs, replace(decoding, decoder=decoder))
+                counts = score_lines([line.text for line in lines], [reading.text for reading in readings]).characters
+                for index, (line, reading) in enumerate(zip(lines, readings, strict=True)):
+                    about = figures.loc[line.line_id]
+                    rows.append(
+                        {
+                            "line_id": line.line_id,
+                            "split": about["split"],
+                            "writer_id": about["writer_id"],
+                            "group": about["group"],
+                            "decoder": decoder,
+                            "reference": line.text,
+                            "hypothesis": reading.text,
+                            "confidence": reading.confidence,
+                            "hits": int(counts.hits[index]),
+                            "substitutions": int(counts.substitutions[index]),
+                            "insertions": int(counts.insertions[index]),
+                            "deletions": int(counts.deletions[index]),
+                            "characters": [
+                                dict(zip(("character", "start_frame", "end_frame", "confidence"), values, strict=True))
+                                for values in reading.characters
+                            ],
+                        }
+                    )
+            bar.update(len(lines))
+    return to_table(rows, PREDICTIONS)
+
+
+def measure_errors(
+    predictions: pa.Table,
+    features: FeatureShards,
+    feature_stats: dict[str, Any],
+    charset: str,
+    decoding: DecodingConfig,
+    evaluation: EvaluationConfig,
+) -> dict[str, Any]:
+    """Predictions → metrics."""
+    table = predictions.drop_columns(["characters"]).to_pandas()
+    table["group"] = table["group"].astype(object).where(table["group"].notna(), None)
+    test = table[(table["split"] == "test") & (table["decoder"] == decoding.decoder)]
+    figures = features.figures()
+    seen = set(figures.filter(pc.equal(figures["split"], "train"))["group"].to_pylist())
+    grouped = test.dropna(subset="group")
+    known = Charset.from_json(charset)
+    outside = Counter("".join(test["reference"]))
+    return {
+        "signature": signature("NFC", "test", len(test), version("htr-pipeline")),
+        "data_hash": feature_stats["data_hash"],
+        "test_hash": features.data_hash(("test",)),
+        "decoders": list(DECODERS),
+        "headline": {"split": "test", "decoder": decoding.decoder},
+        "splits": {
+            split: {
+                decoder: _score(table[(table["split"] == split) & (table["decoder"] == decoder)], evaluation)
+                for decoder in DECODERS
+            }
+            for split in _SPLITS
+        },
+        "writers": [{"writer_id": name, "split": "test", **_rate(part)} for name, part in test.groupby("writer_id")],
+        "groups": [
+            {"group": name, "seen_in_training": name in seen, **_rate(part)} for name, part in grouped.groupby("group")
+        ],
+        "seen_groups": _rate(grouped[grouped["group"].isin(seen)]),
+        "unseen_groups": _rate(grouped[~grouped["group"].isin(seen)]),
+        "characters_outside_charset": {c: count for c, count in sorted(outside.items()) if c not in known},
+    }
+
+
+def _score(lines: pd.DataFrame, evaluation: EvaluationConfig) -> dict[str, Any]:
+    score = score_lines(lines["reference"].tolist(), lines["hypothesis"].tolist())
+    intervals = {
+        name: bootstrap_interval(
+            counts.edits,
+            counts.lengths,
+            lines["writer_id"].to_numpy(),
+            confidence=evaluation.confidence,
+            num_samples=evaluation.bootstrap_samples,
+            seed=evaluation.seed,
+        )
+        for name, counts in (("cer", score.characters), ("wer", score.words))
+    }
+    return {
+        "num_lines": score.num_lines,
+        "num_characters": score.num_characters,
+        "num_words": score.num_words,
+        "cer": score.cer,
+        "cer_low": intervals["cer"][0],
+        "cer_high": intervals["cer"][1],
+        "wer": score.wer,
+        "wer_low": intervals["wer"][0],
+        "wer_high": intervals["wer"][1],
+        "macro_cer": score.macro_cer,
+        "line_accuracy": score.line_accuracy,
+        **{
+            name: int(getattr(score.characters, name).sum())
+            for name in ("hits", "substitutions", "insertions", "deletions")
+        },
+    }
+
+
+def _rate(lines: pd.DataFrame) -> dict[str, Any] | None:
+    if lines.empty:
+        return None
+    score = score_lines(lines["reference"].tolist(), lines["hypothesis"].tolist())
+    return {"num_lines": score.num_lines, "num_characters": score.num_characters, "cer": score.cer}
+
+
+def _chunks(lines: Iterable[Line]) -> Iterator[list[Line]]:
+    iterator = iter(lines)
+    while chunk := list(islice(iterator, _CHUNK_LINES)):
+        yield chunk

@@ -1,0 +1,149 @@
+"""Nodes: model, charset, metrics → registration."""
+
+import io
+import logging
+import tempfile
+from importlib.metadata import distributions, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+import htr_pipeline
+from htr_pipeline.core.config import config, setting
+from htr_pipeline.core.image import ImageConfig
+from htr_pipeline.core.metrics import score_lines
+from htr_pipeline.core.recipe import DecodingConfig
+from htr_pipeline.io.features import FeatureShards
+from htr_pipeline.io.manifest import SPLITS
+
+logger = logging.getLogger(__name__)
+
+# What the model needs where it is loaded; everything else of the project's requirements is for training.
+_REQUIREMENTS = ("keras", "numba", "numpy", "opencv-python-headless", "pandas", "pillow", "rapidfuzz")
+
+
+@config("registration")
+class RegistrationConfig:
+    """Name and alias in the MLflow Model Registry."""
+
+    model_name: str = setting("htr")
+    alias: str = setting("champion")
+
+
+def register_model(
+    model: Any,
+    charset: str,
+    features: FeatureShards,
+    manifest: pa.Table,
+    metrics: dict[str, Any],
+    image: ImageConfig,
+    decoding: DecodingConfig,
+    registration: RegistrationConfig,
+) -> dict[str, Any]:
+    """Model, charset, metrics → registration: a new version, and the alias moved to it if it reads better."""
+    import mlflow
+
+    headline = metrics["headline"]
+    cer = metrics["splits"][headline["split"]][headline["decoder"]]["cer"]
+    client = mlflow.MlflowClient()
+    champion = _champion(client, registration)
+    champion_cer = _champion_cer(champion, registration, manifest, metrics) if champion else None
+    number = str(_log_model(model, charset, features, image, decoding, registration).registered_model_version)
+    for tag in ("signature", "data_hash", "test_hash"):
+        client.set_model_version_tag(registration.model_name, number, tag, metrics[tag])
+    client.set_model_version_tag(registration.model_name, number, "cer", repr(cer))
+    promoted = champion_cer is None or cer < champion_cer
+    if promoted:
+        client.set_registered_model_alias(registration.model_name, registration.alias, number)
+    reason = _reason(cer, champion_cer, champion, headline["split"])
+    logger.info("%s version %s: %s.", registration.model_name, number, reason)
+    return {
+        "name": registration.model_name,
+        "version": number,
+        "model_uri": f"models:/{registration.model_name}/{number}",
+        "alias": registration.alias,
+        "promoted": promoted,
+        "reason": reason,
+        "champion_version": number if promoted else str(champion.version),
+        "candidate_cer": cer,
+        "champion_cer": champion_cer,
+    }
+
+
+def _champion(client: Any, registration: RegistrationConfig) -> Any | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(registration.model_name, registration.alias)
+    except MlflowException:
+        return None  # no such model yet, or no version has the alias
+
+
+def _champion_cer(
+    champion: Any, registration: RegistrationConfig, manifest: pa.Table, metrics: dict[str, Any]
+) -> float:
+    """The champion's CER on the present test lines: as measured when it was registered, or else read anew."""
+    import mlflow
+
+    known = champion.tags.get("test_hash") == metrics["test_hash"]
+    if known and champion.tags.get("signature") == metrics["signature"]:
+        return float(champion.tags["cer"])
+    logger.info("The champion (version %s) was measured on other lines: it reads the present ones.", champion.version)
+    root = Path(manifest.schema.metadata[b"image_root"].decode())
+    lines = manifest.filter(pc.equal(manifest["split"], metrics["headline"]["split"]))
+    reader = mlflow.pyfunc.load_model(f"models:/{registration.model_name}@{registration.alias}")
+    read = reader.predict(pd.DataFrame({"image": [str(root / path) for path in lines["image_path"].to_pylist()]}))
+    return score_lines(lines["text"].to_pylist(), [text or "" for text in read["text"]]).cer
+
+
+def _reason(cer: float, champion_cer: float | None, champion: Any | None, split: str) -> str:
+    if champion is None or champion_cer is None:
+        return "the first version, hence champion"
+    verdict = "better than" if cer < champion_cer else "not better than"
+    return f"CER {cer:.2%} on the {split} lines is {verdict} the {champion_cer:.2%} of version {champion.version}"
+
+
+def _log_model(
+    model: Any,
+    charset: str,
+    features: FeatureShards,
+    image: ImageConfig,
+    decoding: DecodingConfig,
+    registration: RegistrationConfig,
+) -> Any:
+    import mlflow
+
+    from htr_pipeline import mlflow_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / name for name in ("network.keras", "charset.json", "settings.json")}
+        model.save(files["network.keras"])
+        files["charset.json"].write_text(charset, encoding="utf-8")
+        mlflow_model.write_settings(files["settings.json"], image, decoding)
+        return mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(mlflow_model.__file__)),
+            artifacts={path.stem: str(path) for path in files.values()},
+            code_paths=[str(Path(htr_pipeline.__file__).parent)],
+            signature=mlflow_model.signature(decoding),
+            input_example=pd.DataFrame({"image": [_example(features)]}),
+            pip_requirements=[f"{name}=={version(name)}" for name in _requirements()],
+            registered_model_name=registration.model_name,
+        )
+
+
+def _requirements() -> list[str]:
+    installed = {distribution.name for distribution in distributions()}
+    return [*_REQUIREMENTS, "tensorflow-cpu" if "tensorflow-cpu" in installed else "tensorflow"]
+
+
+def _example(features: FeatureShards) -> bytes:
+    """PNG file of one line, dark ink on white."""
+    line = next(line for split in SPLITS for line in features.lines(split))
+    stream = io.BytesIO()
+    Image.fromarray(255 - line.pixels.T).save(stream, "PNG")
+    return stream.getvalue()

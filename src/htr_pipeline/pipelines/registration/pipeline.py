@@ -1,0 +1,29 @@
+"""model, charset, metrics → registration."""
+
+from kedro.pipeline import Node, Pipeline
+
+from htr_pipeline.pipelines.registration.nodes import register_model
+
+
+def create_pipeline() -> Pipeline:
+    """The registration pipeline."""
+    return Pipeline(
+        [
+            Node(
+                register_model,
+                [
+                    "model",
+                    "charset",
+                    "features",
+                    "manifest",
+                    "metrics",
+                    "params:features",
+                    "params:decoding",
+                    "params:registration",
+                ],
+                "registration",
+                name="register_model",
+            )
+        ],
+        tags="registration",
+    )

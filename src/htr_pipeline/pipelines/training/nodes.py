@@ -1,0 +1,124 @@
+"""Nodes: features → charset, model, history."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from htr_pipeline.core.augmentation import AugmentationConfig
+from htr_pipeline.core.batching import Line
+from htr_pipeline.core.config import config, setting
+from htr_pipeline.core.recipe import ModelConfig, TrainingConfig
+from htr_pipeline.core.text import Charset
+from htr_pipeline.io.checkpoints import FileCheckpoints
+from htr_pipeline.io.features import FeatureShards
+from htr_pipeline.io.manifest import HISTORY, to_table
+
+logger = logging.getLogger(__name__)
+
+
+@config("checkpoint")
+class CheckpointConfig:
+    """Where training keeps what it needs to go on after an interruption."""
+
+    path: str = setting("data/06_models/checkpoint.npz")
+
+
+def collect_charset(features: FeatureShards) -> str:
+    """Features → charset: every character of the training texts."""
+    figures = features.figures()
+    return Charset.from_texts(figures.filter(pc.equal(figures["split"], "train"))["text"].to_pylist()).to_json()
+
+
+def train(
+    features: FeatureShards,
+    feature_stats: dict[str, Any],
+    charset: str,
+    model: ModelConfig,
+    augmentation: AugmentationConfig,
+    training: TrainingConfig,
+    checkpoint: CheckpointConfig,
+) -> tuple[Any, pa.Table]:
+    """Features, charset → model, history."""
+    from htr_pipeline.core.training import train_network
+
+    settings = [feature_stats["data_hash"], charset, asdict(model), asdict(augmentation), asdict(training)]
+    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+    def read_training_lines(rng: np.random.Generator) -> Iterator[Line]:
+        return features.lines("train", rng)
+
+    with _TrainingProgress(training.epochs) as progress:
+        trained = train_network(
+            read_training_lines,
+            feature_stats["num_lines"]["train"],
+            _spread(features, feature_stats["num_lines"]["validation"], training.max_validation_lines),
+            Charset.from_json(charset),
+            height_pixels=feature_stats["height_pixels"],
+            model_config=model,
+            augmentation=augmentation,
+            config=training,
+            checkpoints=FileCheckpoints(Path(checkpoint.path), fingerprint),
+            progress=progress,
+        )
+    logger.info("Best validation CER: %.2f %% (greedy).", 100 * trained.best_cer)
+    return trained.model, to_table(trained.history, HISTORY)
+
+
+def clear_checkpoint(model: Any, history: pa.Table, checkpoint: CheckpointConfig) -> None:
+    """Removes the checkpoint once model and history are on disk: the next run trains anew."""
+    Path(checkpoint.path).unlink(missing_ok=True)
+
+
+def _spread(features: FeatureShards, available: int, wanted: int) -> list[Line]:
+    """At most the wanted number of validation lines, taken evenly from all of them, so that every writer has a share."""
+    return list(islice(features.lines("validation"), 0, None, max(-(-available // wanted), 1)))
+
+
+class _TrainingProgress:
+    """A progress bar over the whole training, a log line and MLflow metrics after each epoch."""
+
+    def __init__(self, epochs: int) -> None:
+        self._epochs = epochs
+
+    def __enter__(self) -> "_TrainingProgress":
+        self._bar = tqdm(total=100, desc="Training", unit="%", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def step(self, done: float, figures: dict[str, float]) -> None:
+        """Moves the bar."""
+        self._bar.set_postfix_str(
+            f"loss {figures['loss']:.1f}, CER {figures['cer']:.1%}, {figures['lines_per_second']:.0f} lines/s",
+            refresh=False,
+        )
+        self._bar.update(min(100.0 * done, 100.0) - self._bar.n)
+
+    def epoch(self, row: dict[str, float], samples: list[tuple[str, str]]) -> None:
+        """Logs the epoch."""
+        import mlflow
+
+        logger.info(
+            "Epoch %d: loss %.1f, validation loss %.1f, CER train %.1f %%, validation %.1f %%, %.0f lines/s",
+            row["epoch"],
+            row["train_loss"],
+            row["validation_loss"],
+            100 * row["train_cer"],
+            100 * row["validation_cer"],
+            row["lines_per_second"],
+        )
+        reference, hypothesis = samples[0]
+        logger.info("  %r is read as %r", reference, hypothesis)
+        if mlflow.active_run():
+            mlflow.log_metrics({k: v for k, v in row.items() if k not in ("epoch", "step")}, step=int(row["step"]))

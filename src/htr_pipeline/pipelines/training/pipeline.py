@@ -1,0 +1,31 @@
+"""features → charset, model, history."""
+
+from kedro.pipeline import Node, Pipeline
+
+from htr_pipeline.pipelines.training.nodes import clear_checkpoint, collect_charset, train
+
+
+def create_pipeline() -> Pipeline:
+    """The training pipeline."""
+    return Pipeline(
+        [
+            Node(collect_charset, "features", "charset", name="collect_charset"),
+            Node(
+                train,
+                [
+                    "features",
+                    "feature_stats",
+                    "charset",
+                    "params:model",
+                    "params:augmentation",
+                    "params:training",
+                    "params:checkpoint",
+                ],
+                ["model", "history"],
+                name="train_network",
+                tags="gpu",
+            ),
+            Node(clear_checkpoint, ["model", "history", "params:checkpoint"], None, name="clear_checkpoint"),
+        ],
+        tags="training",
+    )

@@ -1,0 +1,35 @@
+import numpy as np
+
+from htr_pipeline.core.augmentation import AugmentationConfig, augment_line
+from htr_pipeline.core.image import ImageConfig, normalise_line
+from tests.core.test_image import strokes
+
+PIXELS = normalise_line(strokes(), ImageConfig()).pixels
+
+
+def augmented(seed, **settings):
+    return augment_line(PIXELS, np.random.default_rng(seed), AugmentationConfig(**settings))
+
+
+def test_the_same_seed_distorts_alike_and_another_does_not():
+    assert np.array_equal(augmented(1), augmented(1))
+    assert augmented(1).shape != augmented(2).shape or not np.array_equal(augmented(1), augmented(2))
+
+
+def test_height_stays_and_width_within_its_bounds():
+    shapes = [augmented(seed, shear=0.0).shape for seed in range(50)]
+    assert {height for _, height in shapes} == {48}
+    widths = np.array([width for width, _ in shapes]) / PIXELS.shape[0]
+    assert widths.min() >= 0.84
+    assert widths.max() <= 1.16
+
+
+def test_no_ink_is_lost_at_the_ends():
+    for seed in range(20):
+        distorted = augmented(seed, stroke_probability=0.0, noise=0.0, ink_gain=0.0, waviness=0.0, rotation_degrees=0.0)
+        assert distorted[0].max() <= 60
+        assert distorted[-1].max() <= 60
+
+
+def test_switched_off_nothing_changes():
+    assert augmented(1, enabled=False) is PIXELS

@@ -1,0 +1,132 @@
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from htr_pipeline.core import image as image_module
+from htr_pipeline.core.config import UserError
+from htr_pipeline.core.image import (
+    ImageConfig,
+    normalise_line,
+    num_frames,
+    read_image,
+    scaled_width,
+    slant_degrees,
+)
+
+
+def strokes(width=300, height=64, lean=0.0):
+    """White paper with black strokes that lean to the right by `lean` pixels over their height."""
+    grey = np.full((height, width), 255, np.uint8)
+    for x in range(40, width - 40, 20):
+        cv2.line(grey, (x, height - 12), (round(x + lean * (height - 24) / height), 12), 0, 3)
+    return grey
+
+
+def file_bytes(image, form="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF"])
+def test_grey_images_of_every_format_are_read_as_they_are(form):
+    grey = np.full((10, 30), 200, np.uint8)
+    assert np.abs(read_image(file_bytes(Image.fromarray(grey), form)).astype(int) - grey).max() <= 2
+
+
+def test_sixteen_bits_palettes_and_transparency_become_eight_bit_grey():
+    sixteen = Image.fromarray(np.full((4, 5), 65535 // 2, np.uint16))
+    assert np.all(read_image(file_bytes(sixteen)) == 127)
+    assert np.all(read_image(file_bytes(Image.new("P", (5, 4), 0))) == 0)
+    clear = Image.new("RGBA", (5, 4), (0, 0, 0, 0))
+    assert np.all(read_image(file_bytes(clear)) == 255), "transparent is paper"
+
+
+def test_a_photo_is_turned_as_its_exif_says():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert read_image(file_bytes(Image.new("L", (40, 10)), "JPEG", exif=exif)).shape == (40, 10)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not an image"),
+        (b"hello", "not an image in one of the formats PNG, JPEG, TIFF"),
+        (file_bytes(Image.effect_noise((60, 60), 50))[:500], "cannot be decoded"),
+        (file_bytes(Image.new("L", (8, 8)), "GIF"), "not an image in one of the formats"),
+    ],
+)
+def test_broken_images_are_refused_with_a_reason(data, message):
+    with pytest.raises(UserError, match=message):
+        read_image(data)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.png: there is no such file"):
+        read_image(tmp_path / "nothing.png")
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(image_module, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match="200 x 100 pixels; at most 1000 are read"):
+        read_image(file_bytes(Image.new("L", (200, 100))))
+
+
+def test_normalised_lines_are_columns_of_ink_on_zero():
+    line = normalise_line(strokes(), ImageConfig())
+    assert line.pixels.shape == (225, 48)
+    assert line.pixels.dtype == np.uint8
+    assert line.pixels.max() == 255
+    assert np.median(line.pixels) == 0
+    assert 0.05 < line.ink_share < 0.3
+
+
+def test_aspect_is_kept_and_width_bounded():
+    config = ImageConfig(height_pixels=32, max_width_pixels=200)
+    assert scaled_width(300, 64, config) == 150
+    assert scaled_width(3000, 64, config) == 200
+    assert scaled_width(1, 640, config) == 1
+    assert normalise_line(strokes(3000), config).pixels.shape == (200, 32)
+
+
+def test_light_ink_on_dark_paper_gives_the_same_line():
+    usual, turned = (normalise_line(grey, ImageConfig()).pixels.astype(int) for grey in (strokes(), 255 - strokes()))
+    assert np.abs(usual - turned).max() <= 2
+
+
+def test_shading_of_the_paper_is_divided_out():
+    shaded = (strokes().astype(np.float32) * np.linspace(0.5, 1.0, 300)[None, :]).astype(np.uint8)
+    even = normalise_line(shaded, ImageConfig()).pixels
+    assert np.percentile(even, 60) < 25
+    assert np.abs(even.astype(int) - normalise_line(strokes(), ImageConfig()).pixels).mean() < 10
+
+
+def test_blank_paper_stays_blank():
+    grain = np.random.default_rng(0).normal(230, 3, (64, 300)).astype(np.uint8)
+    assert normalise_line(grain, ImageConfig()).pixels.mean() < 60
+
+
+@pytest.mark.parametrize("lean", [-30.0, 0.0, 30.0])
+def test_slant_is_measured_and_removed(lean):
+    line = normalise_line(strokes(lean=lean), ImageConfig())
+    degrees = np.degrees(np.arctan(lean / 64))
+    assert abs(line.slant_degrees - degrees) <= 5
+    upright = normalise_line(strokes(lean=lean), ImageConfig(deslant=True)).pixels.T.astype(np.float32)
+    assert abs(slant_degrees(upright)) <= 5
+
+
+def test_an_empty_image_is_refused():
+    with pytest.raises(UserError, match=r"two sides of at least one pixel, got shape \(0, 5\)"):
+        normalise_line(np.zeros((0, 5), np.uint8), ImageConfig())
+
+
+def test_one_pixel_is_a_line():
+    assert normalise_line(np.zeros((1, 1), np.uint8), ImageConfig()).pixels.shape == (48, 48)
+
+
+def test_frames_are_rounded_up():
+    assert [num_frames(width) for width in (0, 1, 4, 5)] == [0, 1, 1, 2]

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+from htr_pipeline.core.image import num_frames
+from htr_pipeline.core.recipe import ModelConfig
+
+keras = pytest.importorskip("keras")
+
+from htr_pipeline.core.model import build_model  # noqa: E402  after TensorFlow is known to be there
+
+NUM_CLASSES = 11
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(ModelConfig(size="XS"), NUM_CLASSES, 32, seed=3)
+
+
+def random_lines(widths, padded_width):
+    pixels = np.zeros((len(widths), padded_width, 32), np.uint8)
+    rng = np.random.default_rng(1)
+    for row, width in enumerate(widths):
+        pixels[row, :width] = rng.integers(0, 256, (width, 32))
+    return {"pixels": pixels, "width_pixels": np.array(widths, np.int32)}
+
+
+def test_one_frame_of_logits_for_four_pixels_of_width(model):
+    logits = model(random_lines([100, 128], 128))["logits"]
+    assert logits.shape == (2, 32, NUM_CLASSES)
+    assert logits.dtype == "float32"
+
+
+@pytest.mark.parametrize("width", [1, 37, 100, 125])
+def test_padding_and_neighbours_change_nothing(model, width):
+    together = random_lines([width, 190], 256)
+    alone = {"pixels": together["pixels"][:1, : num_frames(width) * 4], "width_pixels": together["width_pixels"][:1]}
+    frames = num_frames(width)
+    for head in ("logits", "shortcut_logits"):
+        left, right = np.asarray(model(together)[head])[0, :frames], np.asarray(model(alone)[head])[0, :frames]
+        # Rounding differs with the shape of the batch; true differences would be near 1.
+        np.testing.assert_allclose(left, right, atol=2e-5)
+
+
+def test_a_filler_row_is_harmless(model):
+    assert np.isfinite(np.asarray(model(random_lines([0, 64], 64))["logits"])).all()
+
+
+def test_a_saved_model_gives_the_same_logits(model, tmp_path):
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras", compile=False, safe_mode=True)
+    lines = random_lines([100, 128], 128)
+    np.testing.assert_array_equal(np.asarray(model(lines)["logits"]), np.asarray(again(lines)["logits"]))
+
+
+def test_the_seed_fixes_the_initial_weights():
+    def weights(seed):
+        return build_model(ModelConfig(size="XS"), NUM_CLASSES, 32, seed=seed).get_weights()
+
+    assert all(np.array_equal(a, b) for a, b in zip(weights(3), weights(3), strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(weights(3), weights(4), strict=True))
+
+
+def test_sizes_are_as_documented():
+    parameters = {size: build_model(ModelConfig(size=size), 101, 48, seed=0).count_params() for size in ("XS", "S", "M")}
+    assert 0.1e6 < parameters["XS"] < 0.3e6
+    assert 0.7e6 < parameters["S"] < 0.9e6
+    assert 3e6 < parameters["M"] < 4e6

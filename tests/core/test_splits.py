@@ -1,0 +1,90 @@
+from collections import Counter
+
+import pytest
+
+from htr_pipeline.core.splits import assign_splits, parse_split
+
+SPLITS = {"train", "validation", "test"}
+
+
+def lines_of(writers):
+    """Ids and writers of lines, one for each entry."""
+    return [f"line{index}" for index in range(len(writers))], writers
+
+
+def test_lines_of_a_writer_are_never_in_two_splits():
+    line_ids, writer_ids = lines_of([f"w{index % 60}" for index in range(600)])
+    splits, warnings = assign_splits(line_ids, writer_ids, [None] * 600)
+    assert len(set(zip(writer_ids, splits, strict=True))) == 60
+    assert set(splits) == SPLITS
+    assert warnings == []
+
+
+def test_shares_are_those_asked_for():
+    line_ids, writer_ids = lines_of([f"writer {index}" for index in range(20000)])
+    counts = Counter(assign_splits(line_ids, writer_ids, [None] * 20000, validation_share=0.2, test_share=0.1)[0])
+    assert counts["test"] / 20000 == pytest.approx(0.1, abs=0.01)
+    assert counts["validation"] / 20000 == pytest.approx(0.2, abs=0.01)
+
+
+def test_lines_that_arrive_later_move_nothing():
+    line_ids, writer_ids = lines_of([f"w{index % 80}" for index in range(800)])
+    before = dict(zip(line_ids[:600], assign_splits(line_ids[:600], writer_ids[:600], [None] * 600)[0], strict=True))
+    after = dict(zip(line_ids, assign_splits(line_ids, writer_ids, [None] * 800)[0], strict=True))
+    assert before.items() <= after.items()
+
+
+def test_the_order_of_the_lines_changes_nothing():
+    line_ids, writer_ids = lines_of([f"w{index}" for index in range(5)] * 2)
+    forwards = assign_splits(line_ids, writer_ids, [None] * 10)[0]
+    backwards = assign_splits(line_ids[::-1], writer_ids[::-1], [None] * 10)[0]
+    assert forwards == backwards[::-1]
+
+
+def test_the_hash_does_not_depend_on_the_python_process():
+    splits, _ = assign_splits(*lines_of([f"w{index}" for index in range(12)]), [None] * 12)
+    assert " ".join(split[:2] for split in splits) == "tr tr te tr tr tr tr tr tr tr va tr"
+
+
+def test_given_splits_stay_and_other_lines_of_the_writer_follow():
+    line_ids, writer_ids = lines_of(["a", "a", "b", "c", "d"])
+    splits, _ = assign_splits(line_ids, writer_ids, ["test", None, "train", "validation", None])
+    assert splits[:4] == ["test", "test", "train", "validation"]
+
+
+@pytest.mark.parametrize("num_writers", range(3, 12))
+def test_three_writers_or_more_fill_every_split(num_writers):
+    line_ids, writer_ids = lines_of([f"writer{index % num_writers}" for index in range(num_writers * 4)])
+    splits, _ = assign_splits(line_ids, writer_ids, [None] * len(line_ids))
+    assert set(splits) == SPLITS
+    assert len(set(zip(writer_ids, splits, strict=True))) == num_writers
+    assert Counter(splits).most_common(1)[0][0] == "train" or num_writers == 3
+
+
+@pytest.mark.parametrize("num_writers", [1, 2])
+def test_fewer_than_three_writers_are_split_by_line_with_a_warning(num_writers):
+    line_ids, writer_ids = lines_of([f"w{index % num_writers}" for index in range(40)])
+    splits, warnings = assign_splits(line_ids, writer_ids, [None] * 40)
+    assert set(splits) == SPLITS
+    assert len(warnings) == 1
+    assert "hands seen in training" in warnings[0]
+
+
+def test_lines_without_a_writer_rule_are_warned_about():
+    line_ids, _ = lines_of(range(50))
+    _, warnings = assign_splits(line_ids, line_ids, [None] * 50)
+    assert "Every line counts as a writer of its own" in warnings[0]
+    assert "source.writer_pattern" in warnings[0]
+    assert assign_splits(line_ids, line_ids, ["train"] * 50)[1] == []
+
+
+def test_no_lines_give_no_splits():
+    assert assign_splits([], [], []) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("val", "validation"), ("Dev", "validation"), (" TRAIN ", "train"), ("testing", "test"), ("x", None)],
+)
+def test_usual_names_of_splits_are_known(name, split):
+    assert parse_split(name) == split

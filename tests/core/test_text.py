@@ -1,0 +1,78 @@
+import unicodedata
+
+import numpy as np
+import pytest
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.core.text import Charset, normalise_text, required_frames
+
+
+class TestNormaliseText:
+    def test_white_space_of_every_kind_becomes_one_blank_and_ends_are_trimmed(self):
+        assert normalise_text("\t the \u00a0 quick\u2003\nfox ") == "the quick fox"
+        assert normalise_text(" \n") == ""
+
+    def test_decomposed_and_composed_letters_become_one(self):
+        assert normalise_text("e\u0301") == normalise_text("é") == "é"
+        assert normalise_text("é", "NFD") == "e\u0301"
+
+    def test_compatibility_forms_change_only_when_asked(self):
+        assert normalise_text("ﬁn½") == "ﬁn½"
+        assert normalise_text("ﬁn", "NFKC") == "fin"
+
+    @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+    def test_twice_is_the_same_as_once(self, form):
+        once = normalise_text("  Å ﬁ  ḗ \u1e9b\u0323 ", form)
+        assert normalise_text(once, form) == once
+        assert unicodedata.is_normalized(form, once)
+
+
+@pytest.mark.parametrize(("text", "frames"), [("", 0), ("a", 1), ("ab", 2), ("aa", 3), ("aaa", 5), ("all  ok", 9)])
+def test_equal_neighbours_need_one_more_frame(text, frames):
+    assert required_frames(text) == frames
+
+
+class TestCharset:
+    def test_classes_are_code_point_order_and_the_blank_is_last(self):
+        charset = Charset.from_texts(["ba", "é b", ""])
+        assert charset.characters == (" ", "a", "b", "é")
+        assert (len(charset), charset.blank_index, charset.num_classes) == (4, 4, 5)
+
+    def test_charset_does_not_depend_on_the_order_of_the_texts(self):
+        texts = ["one", "two", "three"]
+        assert Charset.from_texts(texts) == Charset.from_texts(reversed(texts))
+        assert hash(Charset.from_texts(texts)) == hash(Charset.from_texts(reversed(texts)))
+
+    def test_decode_undoes_encode(self):
+        charset = Charset.from_texts(["Où est l'été ?"])
+        labels = charset.encode("tôt été"[4:])
+        assert labels.dtype == np.int32
+        assert charset.decode(labels) == "été"
+        assert charset.encode("").shape == (0,)
+
+    def test_no_texts_give_an_empty_charset_with_the_blank_alone(self):
+        assert Charset.from_texts([]).num_classes == 1
+
+    def test_json_gives_the_charset_back(self):
+        charset = Charset('ba"\\\u2028é😀')
+        again = Charset.from_json(charset.to_json())
+        assert again == charset
+        assert again.characters == charset.characters
+        assert "é" in charset.to_json()
+
+    def test_unknown_characters_are_named_once_in_order(self):
+        charset = Charset("abc")
+        assert charset.unknown("zebra zoo") == " eorz"
+        assert "a" in charset
+        assert "z" not in charset
+        with pytest.raises(UserError, match="'zab' has characters that the charset of 3 lacks: 'z'"):
+            charset.encode("zab")
+
+    @pytest.mark.parametrize("characters", [["a", "b", "a"], ["ab"], [""]])
+    def test_characters_must_be_single_and_distinct(self, characters):
+        with pytest.raises(UserError, match="distinct single characters"):
+            Charset(characters)
+
+    def test_charsets_with_another_order_differ(self):
+        assert Charset("ab") != Charset("ba")
+        assert Charset("ab") != "ab"

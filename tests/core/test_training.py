@@ -1,0 +1,125 @@
+import dataclasses
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from htr_pipeline.core.augmentation import AugmentationConfig
+from htr_pipeline.core.batching import Line
+from htr_pipeline.core.config import UserError
+from htr_pipeline.core.recipe import ModelConfig, TrainingConfig, learning_rate
+from htr_pipeline.core.text import Charset
+
+CONFIG = TrainingConfig(epochs=3, batch_size=8, checkpoint_seconds=0.0, seed=4)
+
+
+def drawn(index):
+    """A line of digits in a plain vector font."""
+    text = "".join(np.random.default_rng(index).choice(list("0123456789"), 4))
+    image = np.zeros((32, 90), np.uint8)
+    cv2.putText(image, text, (4, 25), cv2.FONT_HERSHEY_SIMPLEX, 0.9, 255, 2)
+    return Line(f"line-{index}", np.ascontiguousarray(image.T), text)
+
+
+class MemoryCheckpoints:
+    """Keeps what was saved, through the same forms as on disk; stops the process at a given save."""
+
+    def __init__(self, stop_at=None):
+        self.saved, self.count, self.stop_at = None, 0, stop_at
+
+    def save(self, arrays, state):
+        self.saved = {name: array.copy() for name, array in arrays.items()}, json.dumps(state)
+        self.count += 1
+        if self.count == self.stop_at:
+            raise KeyboardInterrupt
+
+    def load(self):
+        return self.saved and (self.saved[0], json.loads(self.saved[1]))
+
+
+class Silent:
+    def __init__(self):
+        self.rows = []
+
+    def step(self, done, figures):
+        assert 0.0 < done <= 1.0
+
+    def epoch(self, row, samples):
+        self.rows.append(row)
+        assert samples
+
+
+def run(checkpoints=None, config=CONFIG, lines=30, progress=None):
+    from htr_pipeline.core.training import train_network
+
+    training = [drawn(index) for index in range(lines)]
+    return train_network(
+        lambda rng: (training[index] for index in rng.permutation(len(training))),
+        len(training),
+        [drawn(index) for index in range(1000, 1005)],
+        Charset("0123456789"),
+        height_pixels=32,
+        model_config=ModelConfig(size="XS"),
+        augmentation=AugmentationConfig(),
+        config=config,
+        checkpoints=checkpoints or MemoryCheckpoints(),
+        progress=progress or Silent(),
+    )
+
+
+def without_clock(history):
+    timed = ("lines_per_second", "data_wait_seconds", "elapsed_seconds")
+    return [{key: value for key, value in row.items() if key not in timed} for row in history]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return run()
+
+
+def test_two_runs_are_equal_bit_for_bit(whole):
+    again = run()
+    assert all(np.array_equal(a, b) for a, b in zip(whole.model.get_weights(), again.model.get_weights(), strict=True))
+    assert without_clock(whole.history) == without_clock(again.history)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7, 13])
+def test_an_interrupted_run_ends_with_the_same_weights(whole, stop_at):
+    checkpoints = MemoryCheckpoints(stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoints)
+    resumed = run(checkpoints)
+    assert all(np.array_equal(a, b) for a, b in zip(whole.model.get_weights(), resumed.model.get_weights(), strict=True))
+    assert without_clock(whole.history) == without_clock(resumed.history)
+
+
+def test_history_has_a_row_an_epoch_with_all_figures(whole):
+    from htr_pipeline.io.manifest import HISTORY, to_table
+
+    table = to_table(whole.history, HISTORY)
+    assert table["epoch"].to_pylist() == [1, 2, 3]
+    assert table["step"].to_pylist() == [4, 8, 12]
+    assert whole.best_cer == min(table["validation_cer"].to_pylist())
+
+
+def test_digits_are_learnt():
+    learnt = run(config=dataclasses.replace(CONFIG, epochs=25, learning_rate=5e-3, checkpoint_seconds=60.0), lines=160)
+    assert learnt.best_cer < 0.5
+    assert learnt.history[-1]["train_loss"] < 0.5 * learnt.history[0]["train_loss"]
+
+
+def test_the_clock_can_end_training():
+    ended = run(config=dataclasses.replace(CONFIG, epochs=10_000, max_minutes=0.05))
+    assert 1 <= len(ended.history) < 10_000
+
+
+def test_no_lines_are_an_error():
+    with pytest.raises(UserError, match="got 0 training and 5 validation lines"):
+        run(lines=0)
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine():
+    config = TrainingConfig(learning_rate=1.0, warmup_share=0.1)
+    rates = [learning_rate(done, config) for done in (0.0, 0.05, 0.1, 0.55, 1.0)]
+    assert rates == pytest.approx([0.01, 0.5, 1.0, 0.505, 0.01], abs=1e-6)

@@ -1,0 +1,332 @@
+import re
+import shutil
+import struct
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.io.importers import SourceConfig, import_lines
+from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, to_table
+
+RESOURCES = Path(__file__).parents[1] / "resources"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """The folder of good lines, by three writers."""
+    return shutil.copytree(RESOURCES / "lines", tmp_path / "lines", ignore=shutil.ignore_patterns("invalid"))
+
+
+@pytest.fixture
+def table(tmp_path):
+    """The folder of a good table."""
+    return shutil.copytree(RESOURCES / "table", tmp_path / "table", ignore=shutil.ignore_patterns("invalid"))
+
+
+def write_line(folder, name, text="Wort", size=(60, 20)):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, 255).save(path)
+    path.with_suffix(".gt.txt").write_text(text, encoding="utf-8")
+
+
+def by_line(rows):
+    return {row["line_id"]: row for row in rows}
+
+
+# --- lines -----------------------------------------------------------------------------------------------------------
+
+
+def test_line_folder_gives_records_of_the_manifest(lines):
+    records, rejected = import_lines(lines)
+    assert rejected == []
+    assert [record["line_id"] for record in records] == ["anna/p1_01", "anna/p1_02", "bert/p1_01", "carl/p1_01"]
+    first = records[0]
+    assert first.keys() == set(MANIFEST.names)
+    assert (first["text"], first["writer_id"], first["split"], first["format"]) == ("Ein Wort", "anna", None, "lines")
+    assert (first["width_pixels"], first["height_pixels"]) == (96, 24)
+    assert re.fullmatch("[0-9a-f]{64}", first["content_hash"])
+    to_table([record | {"split": "train"} for record in records], MANIFEST)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".PNG", ".TIF"])
+def test_line_images_may_have_any_of_the_usual_endings(tmp_path, suffix):
+    write_line(tmp_path, f"x{suffix}")
+    assert len(import_lines(tmp_path)[0]) == 1
+
+
+def test_writer_pattern_finds_the_writer_in_the_path(lines):
+    records, _ = import_lines(lines, config=SourceConfig(writer_pattern=r"/(p\d+)_"))
+    assert {record["writer_id"] for record in records} == {"p1"}
+
+
+def test_path_without_the_writer_pattern_is_rejected_with_the_pattern(lines):
+    records, rejected = import_lines(lines, config=SourceConfig(writer_pattern=r"(anna|bert)"))
+    assert len(records) == 3
+    assert rejected[0]["reason"] == "no_writer"
+    assert "(anna|bert)" in rejected[0]["detail"]
+
+
+@pytest.mark.parametrize(("pattern", "message"), [("([a-z", "not a regular expression"), ("[a-z]+", "one group")])
+def test_wrong_writer_pattern_is_named(pattern, message):
+    with pytest.raises(UserError, match=rf"(?s)source\.writer_pattern = .*{message}"):
+        SourceConfig(writer_pattern=pattern)
+
+
+def test_flat_folder_makes_each_line_its_own_writer(tmp_path):
+    for name in ("a.png", "b.png"):
+        write_line(tmp_path, name, size=(60, 20))
+    assert [record["writer_id"] for record in import_lines(tmp_path)[0]] == ["a", "b"]
+
+
+def test_folders_named_like_splits_are_the_splits(tmp_path):
+    for name in ("train/anna/1.png", "val/bert/1.png", "test/1.png"):
+        write_line(tmp_path, name)
+    found = by_line(import_lines(tmp_path)[0])
+    assert {line_id: record["split"] for line_id, record in found.items()} == {
+        "test/1": "test",
+        "train/anna/1": "train",
+        "val/bert/1": "validation",
+    }
+    assert found["train/anna/1"]["writer_id"] == "anna"
+
+
+def test_text_is_brought_to_the_unicode_form_and_its_blanks_collapsed(tmp_path):
+    write_line(tmp_path, "x.png", "\ufeff e\u0301te\u0301 \t la\n")
+    assert import_lines(tmp_path)[0][0]["text"] == "été la"
+    assert import_lines(tmp_path, config=SourceConfig(unicode_form="NFD"))[0][0]["text"] == "e\u0301te\u0301 la"
+
+
+@pytest.mark.parametrize(
+    ("line_id", "reason", "detail"),
+    [
+        ("empty_text", "empty_text", r"there is no text\. Transcribe the line or remove it"),
+        ("no_text", "missing_text", r"no no_text\.gt\.txt beside the image\. Transcribe"),
+        ("no_image", "missing_image", r"there is no image no_image ending in \.png.*remove the text"),
+        ("not_an_image", "unreadable_image", r"not_an_image\.png: not an image"),
+        ("cut_short", "unreadable_image", r"cut_short\.png: .*cannot be decoded"),
+        ("latin1", "unreadable_text", r"latin1\.gt\.txt is not UTF-8 \(byte 1\)\. Save it again as UTF-8"),
+    ],
+)
+def test_broken_line_is_rejected_with_what_to_do(line_id, reason, detail):
+    records, rejected = import_lines(RESOURCES / "lines" / "invalid")
+    assert records == []
+    row = by_line(rejected)[line_id]
+    assert (row["stage"], row["reason"]) == ("import", reason)
+    assert re.search(detail, row["detail"])
+    to_table(rejected, REJECTED_LINES)
+
+
+def test_two_images_of_one_name_are_not_two_lines(tmp_path):
+    write_line(tmp_path, "x.png")
+    write_line(tmp_path, "x.jpg")
+    records, rejected = import_lines(tmp_path)
+    assert [record["image_path"] for record in records] == ["x.jpg"]
+    assert (rejected[0]["file"], rejected[0]["reason"]) == ("x.png", "duplicate_id")
+    assert "already belongs to x.jpg" in rejected[0]["detail"]
+
+
+def test_link_out_of_the_folder_is_not_followed(tmp_path, lines):
+    outside = tmp_path / "secret.png"
+    Image.new("L", (60, 20)).save(outside)
+    (lines / "link.png").symlink_to(outside)
+    (lines / "link.gt.txt").write_text("secret")
+    assert [row["reason"] for row in import_lines(lines)[1]] == ["outside_folder"]
+
+
+def test_decompression_bomb_is_rejected_by_its_header(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0" * 100)))
+    (tmp_path / "bomb.gt.txt").write_text("boom")
+    _, rejected = import_lines(tmp_path)
+    assert rejected[0]["reason"] == "unreadable_image"
+    assert "pixels" in rejected[0]["detail"]
+
+
+def test_file_name_that_is_not_utf8_is_rejected_and_shown(tmp_path):
+    write_line(tmp_path, "good.png")
+    name = str(tmp_path).encode() + b"/d\xe9j\xe0"
+    shutil.copy(tmp_path / "good.png", name + b".png")
+    shutil.copy(tmp_path / "good.gt.txt", name + b".gt.txt")
+    records, rejected = import_lines(tmp_path)
+    assert len(records) == 1
+    assert (rejected[0]["reason"], rejected[0]["file"]) == ("bad_name", r"d\xe9j\xe0.png")
+    to_table(rejected, REJECTED_LINES)
+
+
+# --- table -----------------------------------------------------------------------------------------------------------
+
+
+def test_table_without_image_column_finds_images_by_id_and_maps_split_names(table):
+    records, rejected = import_lines(table)
+    assert rejected == []
+    assert [record["split"] for record in records] == ["train", "train", "validation", "test"]
+    assert records[0]["image_path"] == "lines/l0.png"
+    assert (records[0]["writer_id"], records[0]["page_id"]) == ("d1", "d1-p0")
+    assert records == import_lines(table / "lines.tsv")[0]
+
+
+def test_quotation_marks_of_a_tsv_belong_to_the_text(table):
+    assert import_lines(table)[0][1]["text"] == '"Wort"'
+
+
+@pytest.mark.parametrize("kind", ["csv", "semicolons", "parquet"])
+def test_csv_and_parquet_give_the_same_lines_as_tsv(table, kind):
+    expected, _ = import_lines(table)
+    frame = pd.read_csv(table / "lines.tsv", sep="\t", quoting=3, dtype=str)
+    (table / "lines.tsv").unlink()
+    if kind == "parquet":
+        frame.to_parquet(table / "lines.parquet")
+    else:
+        frame.to_csv(table / "lines.csv", index=False, sep=";" if kind == "semicolons" else ",")
+    assert import_lines(table)[0] == expected
+
+
+def test_columns_can_be_named_and_an_empty_name_means_none(table):
+    text = (table / "lines.tsv").read_text().replace("id\tset\tdocument\tpage\ttext", "key\tset\thand\tscribe\twords")
+    (table / "lines.tsv").write_text(text)
+    config = SourceConfig(id_column="key", text_column="words", writer_column="scribe", split_column="")
+    records, _ = import_lines(table, config=config)
+    assert [(record["writer_id"], record["split"]) for record in records][:1] == [("d1-p0", None)]
+
+
+def test_whole_numbers_that_pandas_made_floats_are_ids(table):
+    frame = pd.DataFrame({"image": ["lines/l0.png", "lines/l1.png"], "text": ["a", "b"], "writer": [7.0, None]})
+    (table / "lines.tsv").unlink()
+    frame.to_parquet(table / "lines.parquet")
+    assert [record["writer_id"] for record in import_lines(table)[0]] == ["7", "lines/l1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_text_column.tsv", r"has the columns 'id', 'split'\. None is the text .*source\.text_column"),
+        ("no_image_column.csv", r"has the columns 'text', 'split'\. None is the image path .*source\.image_column"),
+        ("unknown_split.tsv", r":2: split = 'holdout' is not a split\. Allowed: train .*validation"),
+        ("same_column_twice.tsv", r"columns with the same name: 'text'\. Rename"),
+        ("latin1.tsv", r"not UTF-8 .*Save the table again as UTF-8"),
+        ("broken.parquet", r"cannot be read as Parquet"),
+        ("header_only.tsv", r"has no line\. The table has only its header"),
+    ],
+)
+def test_broken_table_is_an_error_that_says_what_to_do(name, message):
+    with pytest.raises(UserError, match=f"(?s){re.escape(name)}.*{message}"):
+        import_lines(RESOURCES / "table" / "invalid" / name)
+
+
+def test_column_that_does_not_exist_is_named_with_those_that_do(table):
+    with pytest.raises(
+        UserError, match=r"source\.text_column = 'words': there is no such column.*'id', 'set', 'document'"
+    ):
+        import_lines(table, config=SourceConfig(text_column="words"))
+
+
+def test_quotation_mark_that_is_not_closed_is_an_error_with_the_line(tmp_path):
+    (tmp_path / "lines.csv").write_text('id,text\nl0,"Wort\n' + "x" * 140_000 + "\n")
+    with pytest.raises(UserError, match=r"lines\.csv, line \d: .*quotation mark that is not closed"):
+        import_lines(tmp_path)
+
+
+def test_bad_rows_are_rejected_with_their_line_in_the_table():
+    records, rejected = import_lines(RESOURCES / "table" / "invalid" / "bad_rows.tsv")
+    assert [record["text"] for record in records] == ["good"]
+    assert [(row["file"], row["reason"]) for row in rejected] == [
+        ("bad_rows.tsv:2", "outside_folder"),
+        ("bad_rows.tsv:3", "outside_folder"),
+        ("bad_rows.tsv:4", "missing_image"),
+        ("bad_rows.tsv:5", "bad_row"),
+        ("bad_rows.tsv:6", "bad_row"),
+        ("bad_rows.tsv:8", "duplicate_id"),
+    ]
+    assert "3 cells where the header has 2" in rejected[3]["detail"]
+    assert "lies outside" in rejected[0]["detail"]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000 + ".png", "a\0b.png", "folder"])
+def test_impossible_image_name_is_rejected(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    pd.DataFrame({"image": [name], "text": ["x"]}).to_parquet(tmp_path / "lines.parquet")
+    assert [row["reason"] for row in import_lines(tmp_path)[1]] == ["missing_image"]
+
+
+# --- any source ------------------------------------------------------------------------------------------------------
+
+
+def test_path_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"source\.path = '.*nowhere': there is no such file or folder"):
+        import_lines(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("format", ["auto", "lines", "table"])
+def test_empty_folder_is_an_error(tmp_path, format):
+    message = "expected one table" if format == "table" else "The folder is empty"
+    with pytest.raises(UserError, match=message):
+        import_lines(tmp_path, format)
+
+
+def test_folder_of_something_else_is_an_error_that_lists_it(tmp_path):
+    (tmp_path / "notes.docx").touch()
+    with pytest.raises(UserError, match=r"The folder has notes\.docx\. Expected images"):
+        import_lines(tmp_path)
+
+
+def test_file_of_another_kind_is_an_error(tmp_path):
+    (tmp_path / "x.zip").touch()
+    with pytest.raises(UserError, match=r"got a file ending in '\.zip'"):
+        import_lines(tmp_path / "x.zip")
+
+
+def test_line_format_of_a_file_is_an_error(table):
+    with pytest.raises(UserError, match=r"expected a folder"):
+        import_lines(table / "lines.tsv", "lines")
+
+
+def test_unknown_format_is_an_error_with_those_that_exist(lines):
+    with pytest.raises(UserError, match=r"source\.format = 'docx'.*Allowed: auto, lines, table, demo"):
+        import_lines(lines, "docx")
+
+
+def test_two_tables_in_a_folder_are_an_error_that_lists_them(table):
+    shutil.copy(table / "lines.tsv", table / "more.tsv")
+    with pytest.raises(UserError, match=r"found 2: lines\.tsv, more\.tsv\. Give the path"):
+        import_lines(table)
+
+
+def test_folder_with_table_and_texts_asks_which_counts(table):
+    (table / "lines" / "l0.gt.txt").write_text("x")
+    with pytest.raises(UserError, match=r"source\.format=lines or source\.format=table"):
+        import_lines(table)
+    assert len(import_lines(table, "table")[0]) == 4
+
+
+def test_sixteen_bit_and_transparent_images_are_read(tmp_path):
+    write_line(tmp_path, "deep.png")
+    Image.fromarray(np.full((20, 60), 40000, np.uint16)).save(tmp_path / "deep.png")
+    write_line(tmp_path, "clear.png")
+    Image.new("RGBA", (60, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert len(import_lines(tmp_path)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("copiste_fr", {"train": 3459, "validation": 466, "test": 517}),
+        ("poilus_fr", {"train": 1822, "validation": 224, "test": 301}),
+    ],
+)
+def test_real_lines_are_all_read_with_their_splits(name, counts):
+    if not (SHARED / name).exists():
+        pytest.skip(f"{SHARED / name} is not here")
+    records, rejected = import_lines(SHARED / name)
+    assert rejected == []
+    assert Counter(record["split"] for record in records) == counts
