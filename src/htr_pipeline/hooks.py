@@ -17,7 +17,6 @@ from kedro.framework.hooks import hook_impl
 from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
-from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.datasets import replacing
@@ -27,14 +26,6 @@ logger = logging.getLogger(__name__)
 # A run that was killed left this file: the same command again goes on in the same MLflow run.
 _RUN_FILE = Path("data/.mlflow_run.json")
 _PACKAGES = ("htr-pipeline", "kedro", "keras", "mlflow", "great-expectations", "pyarrow", "numpy")
-
-
-class ProgressSafeHandler(logging.StreamHandler):
-    """Writes log lines above a progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Writes the record."""
-        tqdm.write(self.format(record), file=sys.stderr)
 
 
 class SettingsHook:

@@ -137,7 +137,7 @@ def _log_model(
 
 
 def _requirements() -> list[str]:
-    installed = {distribution.name for distribution in distributions()}
+    installed = {distribution.name.replace("_", "-") for distribution in distributions()}
     return [*_REQUIREMENTS, "tensorflow-cpu" if "tensorflow-cpu" in installed else "tensorflow"]
 
 

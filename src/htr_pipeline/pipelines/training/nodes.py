@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.batching import Line
@@ -57,7 +58,7 @@ def train(
     def read_training_lines(rng: np.random.Generator) -> Iterator[Line]:
         return features.lines("train", rng)
 
-    with _TrainingProgress(training.epochs) as progress:
+    with logging_redirect_tqdm(), _TrainingProgress() as progress:
         trained = train_network(
             read_training_lines,
             feature_stats["num_lines"]["train"],
@@ -87,11 +88,9 @@ def _spread(features: FeatureShards, available: int, wanted: int) -> list[Line]:
 class _TrainingProgress:
     """A progress bar over the whole training, a log line and MLflow metrics after each epoch."""
 
-    def __init__(self, epochs: int) -> None:
-        self._epochs = epochs
-
     def __enter__(self) -> "_TrainingProgress":
-        self._bar = tqdm(total=100, desc="Training", unit="%", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        self._bar = tqdm(total=100, desc="Training", bar_format=form)
         return self
 
     def __exit__(self, *_: object) -> None:
