@@ -9,7 +9,6 @@ from typing import Any
 import click
 from kedro import KedroDeprecationWarning
 from kedro.framework.cli.project import run as kedro_run
-
 from kedro.validation.exceptions import ParameterValidationError
 
 from htr_pipeline.core.config import UserError

@@ -41,7 +41,8 @@ class SettingsHook:
                 close = get_close_matches(key, known, n=1)
                 hint = f" Did you mean {close[0]}?" if close else ""
                 raise UserError(
-                    f"{key} = {value!r}: there is no such block of parameters.{hint} Allowed: {', '.join(sorted(known))}."
+                    f"{key} = {value!r}: there is no such block of parameters.{hint} "
+                    f"Allowed: {', '.join(sorted(known))}."
                 )
 
 
@@ -129,7 +130,7 @@ class MlflowHook:
         name = self._settings["experiment"]
         if found := mlflow.get_experiment_by_name(name):
             return found.experiment_id
-        # A tracking server knows best where its artifacts are; the embedded store would put them under the caller's folder.
+        # A tracking server knows where its artifacts are; the embedded store would take the caller's folder.
         embedded = mlflow.get_tracking_uri().startswith("sqlite:")
         place = (self._project / self._settings["artifact_path"]).as_uri() if embedded else None
         return mlflow.create_experiment(name, artifact_location=place)

@@ -50,7 +50,9 @@ def signature(decoding: DecodingConfig) -> ModelSignature:
 
 def write_settings(path: Path, features: ImageConfig, decoding: DecodingConfig) -> None:
     """The part of the configuration that reading a line depends on."""
-    path.write_text(json.dumps({"features": asdict(features), "decoding": asdict(decoding)}, indent=1), encoding="utf-8")
+    path.write_text(
+        json.dumps({"features": asdict(features), "decoding": asdict(decoding)}, indent=1), encoding="utf-8"
+    )
 
 
 class LineReader(mlflow.pyfunc.PythonModel):

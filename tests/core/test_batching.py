@@ -11,7 +11,10 @@ OFF = AugmentationConfig(enabled=False)
 
 def lines(count):
     rng = np.random.default_rng(0)
-    return [Line(f"line-{i:03d}", np.full((int(rng.integers(40, 400)), 8), 1 + i % 255, np.uint8), "abc") for i in range(count)]
+    return [
+        Line(f"line-{i:03d}", np.full((int(rng.integers(40, 400)), 8), 1 + i % 255, np.uint8), "abc")
+        for i in range(count)
+    ]
 
 
 def batches(count, epoch=0, skip=0, buffer_lines=64, seed=5, augmentation=OFF):
@@ -20,14 +23,23 @@ def batches(count, epoch=0, skip=0, buffer_lines=64, seed=5, augmentation=OFF):
 
     return list(
         training_batches(
-            read, CHARSET, augmentation, batch_size=8, buffer_lines=buffer_lines, seed=seed, epoch=epoch, skip_batches=skip
+            read,
+            CHARSET,
+            augmentation,
+            batch_size=8,
+            buffer_lines=buffer_lines,
+            seed=seed,
+            epoch=epoch,
+            skip_batches=skip,
         )
     )
 
 
 def marks(some):
     """Which lines stand in the batches: each line's pixels hold a value of its own."""
-    return [int(row[0, 0]) for batch in some for row, width in zip(batch.pixels, batch.width_pixels, strict=True) if width]
+    return [
+        int(row[0, 0]) for batch in some for row, width in zip(batch.pixels, batch.width_pixels, strict=True) if width
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 100, 200])
@@ -45,7 +57,10 @@ def test_order_is_fixed_by_seed_and_epoch():
 
 
 def test_an_epoch_goes_on_where_it_was_left():
-    whole, rest = batches(100, augmentation=AugmentationConfig()), batches(100, skip=5, augmentation=AugmentationConfig())
+    whole, rest = (
+        batches(100, augmentation=AugmentationConfig()),
+        batches(100, skip=5, augmentation=AugmentationConfig()),
+    )
     assert len(rest) == len(whole) - 5
     for left, right in zip(whole[5:], rest, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))

@@ -7,13 +7,13 @@ from htr_pipeline.core.config import UserError, config, setting
 
 @config("training")
 class Settings:
-    max_epochs: int = setting(30, minimum=1)
-    learning_rate: float = setting(1e-3, minimum=0.0, maximum=1.0)
-    optimiser: str = setting("adam", choices=("adam", "sgd"))
-    mixed_precision: bool = setting(False)
-    patience_epochs: int | None = setting(None, minimum=1)
-    splits: list[str] = setting(["train"])
-    shares: dict[str, float] = setting({})
+    max_epochs: int = setting(default=30, minimum=1)
+    learning_rate: float = setting(default=1e-3, minimum=0.0, maximum=1.0)
+    optimiser: str = setting(default="adam", choices=("adam", "sgd"))
+    mixed_precision: bool = setting(default=False)
+    patience_epochs: int | None = setting(default=None, minimum=1)
+    splits: list[str] = setting(default=["train"])
+    shares: dict[str, float] = setting(default={})
 
 
 def test_defaults_hold_where_nothing_is_given():

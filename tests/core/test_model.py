@@ -61,7 +61,9 @@ def test_the_seed_fixes_the_initial_weights():
 
 
 def test_sizes_are_as_documented():
-    parameters = {size: build_model(ModelConfig(size=size), 101, 48, seed=0).count_params() for size in ("XS", "S", "M")}
+    parameters = {
+        size: build_model(ModelConfig(size=size), 101, 48, seed=0).count_params() for size in ("XS", "S", "M")
+    }
     assert 0.1e6 < parameters["XS"] < 0.3e6
     assert 0.7e6 < parameters["S"] < 0.9e6
     assert 3e6 < parameters["M"] < 4e6

@@ -90,7 +90,9 @@ def test_an_interrupted_run_ends_with_the_same_weights(whole, stop_at):
     with pytest.raises(KeyboardInterrupt):
         run(checkpoints)
     resumed = run(checkpoints)
-    assert all(np.array_equal(a, b) for a, b in zip(whole.model.get_weights(), resumed.model.get_weights(), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(whole.model.get_weights(), resumed.model.get_weights(), strict=True)
+    )
     assert without_clock(whole.history) == without_clock(resumed.history)
 
 

@@ -12,15 +12,15 @@ from htr_pipeline.core.config import config, setting
 class AugmentationConfig:
     """Largest distortions; each line draws its own. All off with enabled: false."""
 
-    enabled: bool = setting(True)
-    width_scale: float = setting(0.15, minimum=0.0, maximum=0.5)  # 0.15: 85 to 115 % of the width
-    height_scale: float = setting(0.15, minimum=0.0, maximum=0.5)  # down to 85 % of the height, at a random offset
-    shear: float = setting(0.25, minimum=0.0, maximum=1.0)  # horizontal shift per unit of height
-    rotation_degrees: float = setting(0.8, minimum=0.0, maximum=5.0)
-    waviness: float = setting(0.04, minimum=0.0, maximum=0.2)  # amplitude of vertical waves, share of the height
-    stroke_probability: float = setting(0.3, minimum=0.0, maximum=1.0)  # strokes made thicker or thinner
-    ink_gain: float = setting(0.3, minimum=0.0, maximum=0.9)  # ink as faint as 70 %
-    noise: float = setting(0.04, minimum=0.0, maximum=0.5)  # standard deviation, share of full scale
+    enabled: bool = setting(default=True)
+    width_scale: float = setting(default=0.15, minimum=0.0, maximum=0.5)  # 0.15: 85 to 115 % of the width
+    height_scale: float = setting(default=0.15, minimum=0.0, maximum=0.5)  # down to 85 %, at a random offset
+    shear: float = setting(default=0.25, minimum=0.0, maximum=1.0)  # horizontal shift per unit of height
+    rotation_degrees: float = setting(default=0.8, minimum=0.0, maximum=5.0)
+    waviness: float = setting(default=0.04, minimum=0.0, maximum=0.2)  # of vertical waves, share of the height
+    stroke_probability: float = setting(default=0.3, minimum=0.0, maximum=1.0)  # strokes made thicker or thinner
+    ink_gain: float = setting(default=0.3, minimum=0.0, maximum=0.9)  # ink as faint as 70 %
+    noise: float = setting(default=0.04, minimum=0.0, maximum=0.5)  # standard deviation, share of full scale
 
 
 def augment_line(pixels: np.ndarray, rng: np.random.Generator, config: AugmentationConfig) -> np.ndarray:
@@ -79,5 +79,9 @@ def _warp(
     source_y = (y - offset_y - lift[None, :].astype(np.float32)) / scale_y
     source_x = (x[None, :] + shear * (y - height / 2.0)) * (width / new_width)
     return cv2.remap(
-        image, source_x.astype(np.float32), source_y.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT
+        image,
+        source_x.astype(np.float32),
+        source_y.astype(np.float32),
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_CONSTANT,
     )

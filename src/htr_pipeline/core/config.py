@@ -52,7 +52,7 @@ def config(section: str) -> Callable[[type], type]:
         cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         hints = typing.get_type_hints(cls)
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        dataclass_init = cls.__init__
+        dataclass_init = vars(cls)["__init__"]
 
         def checked_init(self: Any, **values: Any) -> None:
             problems = [_unknown_key(section, key, value, fields) for key, value in values.items() if key not in fields]
@@ -64,7 +64,7 @@ def config(section: str) -> Callable[[type], type]:
                 raise UserError("\n".join(problems))
             dataclass_init(self, **values)
 
-        cls.__init__ = checked_init  # type: ignore[misc]
+        setattr(cls, "__init__", checked_init)  # noqa: B010  mypy knows no other way
         return cls
 
     return decorate
@@ -81,8 +81,18 @@ def _mismatch(value: Any, hint: Any, metadata: typing.Mapping[str, Any]) -> str 
     low, high, choices = metadata.get("minimum"), metadata.get("maximum"), metadata.get("choices")
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = [typing.get_origin(kind) or kind for kind in allowed]
-    expected = " or ".join({int: "a whole number", float: "a number", bool: "true or false", str: "text",
-                            dict: "a mapping", list: "a list", types.NoneType: "null"}.get(k, str(k)) for k in kinds)
+    expected = " or ".join(
+        {
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            str: "text",
+            dict: "a mapping",
+            list: "a list",
+            types.NoneType: "null",
+        }.get(k, str(k))
+        for k in kinds
+    )
     if choices is not None:
         expected = "one of " + ", ".join("null" if c is None else repr(c) for c in choices)
     elif low is not None and high is not None:

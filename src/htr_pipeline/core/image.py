@@ -24,14 +24,14 @@ IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
 class ImageConfig:
     """How a line image becomes the network's input."""
 
-    height_pixels: int = setting(48, minimum=16, maximum=256)
-    max_width_pixels: int = setting(3072, minimum=64, maximum=16384)  # wider lines are squeezed to it
-    even_paper: bool = setting(True)  # divide the paper's shading out
-    find_polarity: bool = setting(True)  # turn light ink on dark paper round
-    stretch_contrast: bool = setting(True)  # darkest ink of every line at full scale
-    deslant: bool = setting(False)
-    shard_lines: int = setting(512, minimum=1)
-    num_workers: int | None = setting(None, minimum=1)  # null: all cores
+    height_pixels: int = setting(default=48, minimum=16, maximum=256)
+    max_width_pixels: int = setting(default=3072, minimum=64, maximum=16384)  # wider lines are squeezed to it
+    even_paper: bool = setting(default=True)  # divide the paper's shading out
+    find_polarity: bool = setting(default=True)  # turn light ink on dark paper round
+    stretch_contrast: bool = setting(default=True)  # darkest ink of every line at full scale
+    deslant: bool = setting(default=False)
+    shard_lines: int = setting(default=512, minimum=1)
+    num_workers: int | None = setting(default=None, minimum=1)  # null: all cores
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def read_image(source: Path | bytes) -> np.ndarray:
                 width, height = image.size
                 if width * height > MAX_IMAGE_PIXELS:
                     raise UserError(
-                        f"{name}: {width} x {height} pixels; at most {MAX_IMAGE_PIXELS} are read. Cut the page into lines."
+                        f"{name}: {width} x {height} pixels; at most {MAX_IMAGE_PIXELS} are read. "
+                        "Cut the page into lines."
                     )
                 return _to_grey(ImageOps.exif_transpose(image))
     except FileNotFoundError:
@@ -119,7 +120,7 @@ def normalise_line(grey: np.ndarray, config: ImageConfig) -> NormalisedLine:
     if config.find_polarity and _is_light_on_dark(grey):
         grey = 255 - grey
     paper = _paper(grey) if config.even_paper else np.float32(255.0)
-    ink = np.clip(1.0 - grey.astype(np.float32) / np.maximum(paper, 1.0), 0.0, 1.0)
+    ink: np.ndarray = np.clip(1.0 - grey.astype(np.float32) / np.maximum(paper, 1.0), 0.0, 1.0)
     width, height = scaled_width(grey.shape[1], grey.shape[0], config), config.height_pixels
     smaller = height < grey.shape[0]
     ink = cv2.resize(ink, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)

@@ -9,27 +9,27 @@ from htr_pipeline.core.config import config, setting
 class ModelConfig:
     """Which network is built."""
 
-    size: str = setting("S", choices=("XS", "S", "M"))
-    column_dropout: float = setting(0.2, minimum=0.0, maximum=0.9)
-    recurrent_dropout: float = setting(0.2, minimum=0.0, maximum=0.9)
+    size: str = setting(default="S", choices=("XS", "S", "M"))
+    column_dropout: float = setting(default=0.2, minimum=0.0, maximum=0.9)
+    recurrent_dropout: float = setting(default=0.2, minimum=0.0, maximum=0.9)
 
 
 @config("training")
 class TrainingConfig:
     """How long and how the network is trained."""
 
-    epochs: int = setting(40, minimum=1)
-    max_minutes: float | None = setting(None, minimum=0.01)  # null: only epochs count, and runs repeat bit for bit
-    batch_size: int = setting(16, minimum=1)
-    learning_rate: float = setting(2e-3, minimum=0.0, maximum=1.0)  # at its peak
-    warmup_share: float = setting(0.02, minimum=0.0, maximum=0.5)  # of the whole training
-    weight_decay: float = setting(1e-4, minimum=0.0)
-    gradient_clip_norm: float = setting(5.0, minimum=0.0)
-    shortcut_weight: float = setting(0.1, minimum=0.0, maximum=1.0)
-    buffer_lines: int = setting(4096, minimum=1)
-    max_validation_lines: int = setting(256, minimum=1)  # scored after every epoch
-    checkpoint_seconds: float = setting(60.0, minimum=0.0)
-    seed: int = setting(1, minimum=0)
+    epochs: int = setting(default=20, minimum=1)
+    max_minutes: float | None = setting(default=None, minimum=0.01)  # null: epochs alone end it
+    batch_size: int = setting(default=16, minimum=1)
+    learning_rate: float = setting(default=2e-3, minimum=0.0, maximum=1.0)  # at its peak
+    warmup_share: float = setting(default=0.02, minimum=0.0, maximum=0.5)  # of the whole training
+    weight_decay: float = setting(default=1e-4, minimum=0.0)
+    gradient_clip_norm: float = setting(default=5.0, minimum=0.0)
+    shortcut_weight: float = setting(default=0.1, minimum=0.0, maximum=1.0)
+    buffer_lines: int = setting(default=4096, minimum=1)
+    max_validation_lines: int = setting(default=256, minimum=1)  # scored after every epoch
+    checkpoint_seconds: float = setting(default=60.0, minimum=0.0)
+    seed: int = setting(default=1, minimum=0)
 
 
 def learning_rate(done: float, config: TrainingConfig) -> float:
@@ -49,5 +49,5 @@ def learning_rate(done: float, config: TrainingConfig) -> float:
 class DecodingConfig:
     """How network outputs become text."""
 
-    decoder: str = setting("greedy", choices=("greedy", "beam"))  # of headline, gate and served model
-    beam_width: int = setting(20, minimum=1)
+    decoder: str = setting(default="greedy", choices=("greedy", "beam"))  # of headline, gate and served model
+    beam_width: int = setting(default=20, minimum=1)

@@ -11,7 +11,7 @@ def lstm(projected: tf.Tensor, recurrent_kernel: tf.Tensor, training: bool) -> t
     """Hidden states of D independent LSTMs run side by side.
 
     Args:
-        projected: (T, D, B, 4 * units) float32. Input times kernel plus bias, in the order input, forget and output gate,
+        projected: (T, D, B, 4 * units) float32. Input times kernel plus bias; input, forget and output gate, then
             candidate.
         recurrent_kernel: (D, units, 4 * units) float32.
         training: compiles the loop with XLA, once for each shape, and writes the gradient out. Otherwise nothing is
@@ -67,7 +67,8 @@ def _gradient(
     earlier_cells = tf.concat([zeros[tf.newaxis], cells[:-1]], axis=0)
 
     def step(t, from_next, cell_gradient, all_gates):
-        # Index first, cut then: XLA (TensorFlow 2.21) reads wrong values where one slice mixes a running index and bounds.
+        # Index first, cut then: where one slice mixes a running index and bounds, XLA (TensorFlow 2.21) reads
+        # wrong values.
         gate = gates[t]
         opened, candidate = gate[..., : 3 * units], gate[..., 3 * units :]
         i, f, o = opened[..., :units], opened[..., units : 2 * units], opened[..., 2 * units :]

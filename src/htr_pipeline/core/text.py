@@ -4,6 +4,7 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -17,12 +18,12 @@ def normalise_text(text: str, unicode_form: str = "NFC") -> str:
         text: a transcription.
         unicode_form: NFC, NFD, NFKC or NFKD.
     """
-    return " ".join(unicodedata.normalize(unicode_form, text).split())
+    return " ".join(unicodedata.normalize(unicode_form, text).split())  # type: ignore[arg-type]
 
 
 def required_frames(text: str) -> int:
     """Fewest frames that can hold the text under CTC: its length plus one blank between equal neighbours."""
-    return len(text) + sum(left == right for left, right in zip(text, text[1:], strict=False))
+    return len(text) + sum(left == right for left, right in pairwise(text))
 
 
 class Charset:
@@ -55,7 +56,9 @@ class Charset:
 
     def to_json(self) -> str:
         """A JSON document with the characters in class order."""
-        return json.dumps({"characters": self.characters, "blank_index": self.blank_index}, ensure_ascii=False, indent=1)
+        return json.dumps(
+            {"characters": self.characters, "blank_index": self.blank_index}, ensure_ascii=False, indent=1
+        )
 
     @property
     def blank_index(self) -> int:

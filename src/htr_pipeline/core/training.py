@@ -253,7 +253,9 @@ class _Trainer:
             outputs = self.model({"pixels": pixels, "width_pixels": width_pixels}, training=True)
             # Both heads in one call: the recursion's steps are paid once.
             stacked = tf.concat([outputs["logits"], outputs["shortcut_logits"]], axis=0)
-            losses = self._losses(stacked, tf.tile(width_pixels, [2]), tf.tile(labels, [2, 1]), tf.tile(label_length, [2]))
+            losses = self._losses(
+                stacked, tf.tile(width_pixels, [2]), tf.tile(labels, [2, 1]), tf.tile(label_length, [2])
+            )
             main, shortcut = tf.split(losses, 2)
             objective = tf.reduce_sum(main + self.config.shortcut_weight * shortcut) / num_lines
         gradients = tape.gradient(objective, self.model.trainable_variables)
@@ -296,7 +298,7 @@ def _prefetched(batches: Iterable[Batch], height_pixels: int) -> Iterator[Batch]
 
 def _done(state: TrainingState, total_steps: int, config: TrainingConfig) -> float:
     by_clock = state.elapsed_seconds / (60.0 * config.max_minutes) if config.max_minutes else 0.0
-    return max(state.step / total_steps, by_clock)
+    return min(max(state.step / total_steps, by_clock), 1.0)
 
 
 def _add(sums: dict[str, float], figures: dict[str, float]) -> None:

@@ -21,7 +21,7 @@ from htr_pipeline.io.features import FeatureShards
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write a file to; when the block ends without an error, it takes the place of `path`."""
+    """A path beside `path` to write a file to, which takes the place of `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays: Keras chooses the format by it.
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")

@@ -78,7 +78,7 @@ class ShardPlan:
         settings = {k: v for k, v in asdict(self.config).items() if k not in ("num_workers", "shard_lines")}
         table = self.manifest.select(columns)
         for split in SPLITS:
-            part = table.filter(pc.equal(table["split"], split)).sort_by("line_id")
+            part = table.filter(pc.field("split") == split).sort_by("line_id")
             for index, start in enumerate(range(0, len(part), self.config.shard_lines)):
                 rows = part.slice(start, self.config.shard_lines).to_pylist()
                 content = json.dumps([SCHEMA_VERSION, settings, rows], sort_keys=True)
@@ -120,7 +120,7 @@ class FeatureShards:
     def read_lines(self, line_ids: list[str]) -> dict[str, dict[str, Any]]:
         """Whole rows of some lines, by line_id."""
         wanted = pa.array(line_ids, pa.string())
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for split in SPLITS:
             for path in self._paths(split):
                 ids = pq.read_table(path, columns=["line_id"], partitioning=None)["line_id"]

@@ -118,7 +118,9 @@ PREDICTIONS = _schema(
 )
 
 
-def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema, metadata: Mapping[str, str] | None = None) -> pa.Table:
+def to_table(
+    rows: Iterable[Mapping[str, Any]], schema: pa.Schema, metadata: Mapping[str, str] | None = None
+) -> pa.Table:
     """An Arrow table of the rows with the schema's columns, types and metadata, plus more metadata.
 
     Args:
@@ -132,5 +134,9 @@ def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema, metadata: Map
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
     for field in schema:
         if not field.nullable and table.column(field.name).null_count:
-            raise ValueError(f"Column {field.name!r} must have a value in every row; {table.column(field.name).null_count} lack it.")
-    return table.replace_schema_metadata({**(schema.metadata or {}), **(metadata or {})})
+            raise ValueError(
+                f"Column {field.name!r} must have a value in every row; {table.column(field.name).null_count} lack it."
+            )
+    entries: dict[Any, Any] = dict(schema.metadata or {})
+    entries.update(metadata or {})
+    return table.replace_schema_metadata(entries)

@@ -33,19 +33,19 @@ class SourceConfig:
     A column name of null is guessed from the usual names; an empty name says that there is no such column.
     """
 
-    path: str = setting("data/01_raw/demo")
-    format: str = setting("auto", choices=("auto", "lines", "table", "demo"))
-    image_column: str | None = setting(None)
-    text_column: str | None = setting(None)
-    split_column: str | None = setting(None)
-    writer_column: str | None = setting(None)
-    page_column: str | None = setting(None)
-    group_column: str | None = setting(None)
-    id_column: str | None = setting(None)
-    writer_pattern: str | None = setting(None)  # searched in the image path; its one group is the writer
-    unicode_form: str = setting("NFC", choices=("NFC", "NFD", "NFKC", "NFKD"))
-    validation_share: float = setting(0.1, minimum=0.01, maximum=0.4)  # of the writers that have no split yet
-    test_share: float = setting(0.1, minimum=0.01, maximum=0.4)
+    path: str = setting(default="data/01_raw/demo")
+    format: str = setting(default="auto", choices=("auto", "lines", "table", "demo"))
+    image_column: str | None = setting(default=None)
+    text_column: str | None = setting(default=None)
+    split_column: str | None = setting(default=None)
+    writer_column: str | None = setting(default=None)
+    page_column: str | None = setting(default=None)
+    group_column: str | None = setting(default=None)
+    id_column: str | None = setting(default=None)
+    writer_pattern: str | None = setting(default=None)  # searched in the image path; its one group is the writer
+    unicode_form: str = setting(default="NFC", choices=("NFC", "NFD", "NFKC", "NFKD"))
+    validation_share: float = setting(default=0.1, minimum=0.01, maximum=0.4)  # of the writers that have no split yet
+    test_share: float = setting(default=0.1, minimum=0.01, maximum=0.4)
 
     def __post_init__(self) -> None:
         if self.writer_pattern is None:

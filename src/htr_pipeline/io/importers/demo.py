@@ -72,16 +72,16 @@ FONT_NAMES = tuple(_FAMILIES)
 class DemoConfig:
     """How much demo data, and from which fonts."""
 
-    seed: int = setting(1, minimum=0)
-    train_writers: int = setting(48, minimum=1)
-    validation_writers: int = setting(8, minimum=1)
-    test_writers: int = setting(16, minimum=1)
-    train_lines_per_writer: int = setting(42, minimum=1)
-    validation_lines_per_writer: int = setting(32, minimum=1)
-    test_lines_per_writer: int = setting(25, minimum=1)
-    heldout_fonts: list[str] = setting(["delius", "satisfy"])  # only in the test split
-    heldout_share: float = setting(0.25, minimum=0.0, maximum=1.0)  # of the test writers, who write in those fonts
-    num_workers: int | None = setting(None, minimum=1)  # processes; null: all cores. Does not change the lines
+    seed: int = setting(default=1, minimum=0)
+    train_writers: int = setting(default=48, minimum=1)
+    validation_writers: int = setting(default=8, minimum=1)
+    test_writers: int = setting(default=16, minimum=1)
+    train_lines_per_writer: int = setting(default=42, minimum=1)
+    validation_lines_per_writer: int = setting(default=32, minimum=1)
+    test_lines_per_writer: int = setting(default=25, minimum=1)
+    heldout_fonts: list[str] = setting(default=["delius", "satisfy"])  # only in the test split
+    heldout_share: float = setting(default=0.25, minimum=0.0, maximum=1.0)  # of the test writers
+    num_workers: int | None = setting(default=None, minimum=1)  # processes; null: all cores. Does not change the lines
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.heldout_fonts) - set(FONT_NAMES))

@@ -29,14 +29,14 @@ from htr_pipeline.io.manifest import SPLITS
 class ValidationConfig:
     """Which lines are good enough, and how many may be rejected before the run stops."""
 
-    max_rejected_share: float = setting(0.05, minimum=0.0, maximum=1.0)
-    allowed_characters: str | None = setting(None)  # null: any but control, private-use, replacement
-    min_height_pixels: int = setting(8, minimum=1)
-    max_height_pixels: int = setting(1000, minimum=1)
-    min_width_pixels: int = setting(8, minimum=1)
-    max_width_pixels: int = setting(20000, minimum=1)
-    max_aspect: float = setting(100.0, minimum=1.0)  # width over height
-    docs_path: str = setting("data/08_reporting/validation")
+    max_rejected_share: float = setting(default=0.05, minimum=0.0, maximum=1.0)
+    allowed_characters: str | None = setting(default=None)  # null: any but control, private-use, replacement
+    min_height_pixels: int = setting(default=8, minimum=1)
+    max_height_pixels: int = setting(default=1000, minimum=1)
+    min_width_pixels: int = setting(default=8, minimum=1)
+    max_width_pixels: int = setting(default=20000, minimum=1)
+    max_aspect: float = setting(default=100.0, minimum=1.0)  # width over height
+    docs_path: str = setting(default="data/08_reporting/validation")
 
     def __post_init__(self) -> None:
         for side in ("height", "width"):

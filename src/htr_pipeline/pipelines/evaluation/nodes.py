@@ -30,9 +30,9 @@ _CHUNK_LINES = 256
 class EvaluationConfig:
     """How far the figures can be trusted."""
 
-    confidence: float = setting(0.95, minimum=0.5, maximum=0.999)
-    bootstrap_samples: int = setting(1000, minimum=100)
-    seed: int = setting(1, minimum=0)
+    confidence: float = setting(default=0.95, minimum=0.5, maximum=0.999)
+    bootstrap_samples: int = setting(default=1000, minimum=100)
+    seed: int = setting(default=1, minimum=0)
 
 
 def read_lines(features: FeatureShards, model: Any, charset: str, decoding: DecodingConfig) -> pa.Table:

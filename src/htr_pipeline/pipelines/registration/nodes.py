@@ -30,8 +30,8 @@ _REQUIREMENTS = ("keras", "numba", "numpy", "opencv-python-headless", "pandas", 
 class RegistrationConfig:
     """Name and alias in the MLflow Model Registry."""
 
-    model_name: str = setting("htr")
-    alias: str = setting("champion")
+    model_name: str = setting(default="htr")
+    alias: str = setting(default="champion")
 
 
 def register_model(

@@ -40,10 +40,10 @@ _THIN_SPACE = "\N{NARROW NO-BREAK SPACE}"
 class ReportConfig:
     """What the report shows."""
 
-    title: str = setting("Handwritten text recognition")
-    num_samples: int = setting(20, minimum=0, maximum=500)
-    num_worst: int = setting(20, minimum=0, maximum=500)
-    seed: int = setting(1, minimum=0)
+    title: str = setting(default="Handwritten text recognition")
+    num_samples: int = setting(default=20, minimum=0, maximum=500)
+    num_worst: int = setting(default=20, minimum=0, maximum=500)
+    seed: int = setting(default=1, minimum=0)
 
 
 class LineReader(Protocol):

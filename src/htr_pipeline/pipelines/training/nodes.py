@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class CheckpointConfig:
     """Where training keeps what it needs to go on after an interruption."""
 
-    path: str = setting("data/06_models/checkpoint.npz")
+    path: str = setting(default="data/06_models/checkpoint.npz")
 
 
 def collect_charset(features: FeatureShards) -> str:
@@ -81,7 +81,7 @@ def clear_checkpoint(model: Any, history: pa.Table, checkpoint: CheckpointConfig
 
 
 def _spread(features: FeatureShards, available: int, wanted: int) -> list[Line]:
-    """At most the wanted number of validation lines, taken evenly from all of them, so that every writer has a share."""
+    """At most the wanted number of validation lines, evenly from all, so that every writer has a share."""
     return list(islice(features.lines("validation"), 0, None, max(-(-available // wanted), 1)))
 
 
