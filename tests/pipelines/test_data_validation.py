@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from htr_pipeline.io.importers.demo import DemoConfig
 from PIL import Image
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.io.importers import SourceConfig
+from htr_pipeline.io.importers.demo import DemoConfig
 from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, to_table
 from htr_pipeline.pipelines.data_validation.expectations import (
     ValidationConfig,
