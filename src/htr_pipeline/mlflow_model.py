@@ -7,6 +7,7 @@ import base64
 import binascii
 import json
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ _CHUNK_LINES = 256
 
 
 def signature(decoding: DecodingConfig) -> ModelSignature:
-    """One column of images in; text, confidence and error out; the decoder as parameters."""
+    """Images in; text, confidence and error out; the decoder as parameters."""
     return ModelSignature(
-        inputs=Schema([ColSpec(AnyType(), "image")]),
+        # Without a name, so that a plain list is taken as well as a DataFrame of one column.
+        inputs=Schema([ColSpec(AnyType())]),
         outputs=Schema(
             [
                 ColSpec(DataType.string, "text", required=False),
@@ -55,8 +57,12 @@ def write_settings(path: Path, features: ImageConfig, decoding: DecodingConfig) 
     )
 
 
+# The signature says what predict takes; MLflow wants type hints beside it or warns at every load.
+warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
+
+
 class LineReader(mlflow.pyfunc.PythonModel):
-    """Reads line images: a DataFrame with the column `image`, paths or bytes of PNG, JPEG or TIFF files.
+    """Reads line images: a list, or a DataFrame of one column, of paths or bytes of PNG, JPEG or TIFF files.
 
     Over REST an image is base64 text, and paths are not opened: a request must not read the server's files.
     """
@@ -74,10 +80,11 @@ class LineReader(mlflow.pyfunc.PythonModel):
         charset = Charset.from_json(files["charset"].read_text(encoding="utf-8"))
         self._network = Network(keras.models.load_model(files["network"], compile=False, safe_mode=True), charset)
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    # Without type hints: MLflow would make a schema of its own of them.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """One row for each image: text, confidence (0 to 1), and the error where the image could not be read."""
         decoding = DecodingConfig(**(params or {}))
-        images = list(model_input["image"]) if isinstance(model_input, pd.DataFrame) else list(model_input)
+        images = list(model_input.iloc[:, 0]) if isinstance(model_input, pd.DataFrame) else list(model_input)
         rows = []
         for start in range(0, len(images), _CHUNK_LINES):
             rows += self._read(images[start : start + _CHUNK_LINES], decoding)

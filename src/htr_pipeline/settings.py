@@ -1,6 +1,17 @@
 """Kedro's settings of this project."""
 
+import os
+
 from htr_pipeline.hooks import MlflowHook, SettingsHook
+
+# Nothing that is used here reports to anyone, and TensorFlow's notes on the processor are not for users.
+for _name, _value in {
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "TF_ENABLE_ONEDNN_OPTS": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
 
 HOOKS = (SettingsHook(), MlflowHook())
 

@@ -1,0 +1,176 @@
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.io.checkpoints import FileCheckpoints
+from htr_pipeline.io.datasets import (
+    JsonDocument,
+    KerasModel,
+    LineFeatures,
+    ParquetTable,
+    TextDocument,
+    replace_folder,
+    replacing,
+)
+from htr_pipeline.io.manifest import REJECTED_LINES, to_table
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- replacing -------------------------------------------------------------------------------------------------------
+
+
+def test_file_is_replaced_when_the_block_ends(tmp_path):
+    path = tmp_path / "new folder" / "file.txt"
+    for content in ("first", "second"):
+        with replacing(path) as partial:
+            partial.write_text(content)
+            assert partial.suffix == path.suffix
+            assert not path.exists() or path.read_text() == "first"
+        assert path.read_text() == content
+    assert names(path.parent) == ["file.txt"]
+
+
+def test_error_while_writing_leaves_the_old_file_and_no_partial_one(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail_half_way():
+        with replacing(path) as partial:
+            partial.write_text("half")
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        fail_half_way()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_dataset_that_fails_to_save_keeps_the_old_document(tmp_path):
+    dataset = JsonDocument(str(tmp_path / "metrics.json"))
+    dataset.save({"cer": 0.1})
+    with pytest.raises(Exception, match="not JSON serializable"):
+        dataset.save({"cer": object()})
+    assert dataset.load() == {"cer": 0.1}
+    assert names(tmp_path) == ["metrics.json"]
+
+
+HANG = """
+import sys, time
+from pathlib import Path
+from htr_pipeline.io.datasets import replacing
+with replacing(Path(sys.argv[1])) as partial:
+    with partial.open("w") as stream:
+        stream.write("half")
+        stream.flush()
+        sys.stdout.write("written")
+        sys.stdout.flush()
+        time.sleep(60)
+"""
+
+
+def test_killed_writer_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with subprocess.Popen([sys.executable, "-c", HANG, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout.read(7) == b"written"
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+    with replacing(path) as partial:
+        partial.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_folder_takes_the_place_of_another_or_of_none(tmp_path):
+    old = tmp_path / "old"
+    for content in ("first", "second"):
+        new = tmp_path / "new"
+        new.mkdir()
+        (new / content).touch()
+        replace_folder(new, old)
+        assert names(old) == [content]
+        assert names(tmp_path) == ["old"]
+
+
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+def test_table_comes_back_with_its_metadata(tmp_path):
+    row = {"line_id": "a", "file": None, "stage": "import", "reason": "no_text", "detail": "a.png: no text"}
+    table = to_table([row], REJECTED_LINES, {"image_root": "lines"})
+    dataset = ParquetTable(str(tmp_path / "split=x" / "table.parquet"))
+    dataset.save(table)
+    loaded = dataset.load()
+    assert loaded.equals(table)
+    assert loaded.schema.metadata[b"image_root"] == b"lines"
+    assert loaded.schema.metadata[b"schema_version"] == b"1"
+    assert isinstance(loaded, pa.Table)
+
+
+def test_json_and_text_come_back_with_every_character_and_the_order_of_keys(tmp_path):
+    document, text = JsonDocument(str(tmp_path / "a.json")), TextDocument(str(tmp_path / "a.txt"))
+    content = {"ß": 1, "a": ["ſ", None, 0.1]}
+    document.save(content)
+    text.save("ſtraße\n")
+    assert list(document.load().items()) == list(content.items())
+    assert "ß" in (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert text.load() == "ſtraße\n"
+
+
+@pytest.mark.parametrize("kind", [ParquetTable, JsonDocument, TextDocument, KerasModel, LineFeatures])
+def test_missing_file_is_named_with_the_command_that_makes_it(tmp_path, kind):
+    dataset = kind(str(tmp_path / "missing"))
+    assert not dataset.exists()
+    with pytest.raises(Exception, match="missing: there is no such file") as caught:
+        dataset.load()
+    # Kedro wraps what a dataset raises; the command line looks for the cause.
+    chain = [caught.value, caught.value.__cause__]
+    assert any(isinstance(error, UserError) for error in chain)
+    assert "kedro run --only-missing-outputs" in str(caught.value)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_comes_back_with_arrays_and_state(tmp_path):
+    checkpoints = FileCheckpoints(tmp_path / "models" / "checkpoint.npz", "fingerprint")
+    assert checkpoints.load() is None
+    arrays = {
+        "model/0": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "model/1": np.array(3, np.int64),
+        "optimizer/0": np.zeros((0, 2)),
+    }
+    state = {"step": 7, "sums": {"loss": 1.5}, "history": [{"epoch": 1}], "best_cer": None}
+    checkpoints.save({"model/0": np.ones(1)}, {"step": 1})
+    checkpoints.save(arrays, state)
+    loaded_arrays, loaded_state = checkpoints.load()
+    assert loaded_state == state
+    assert loaded_arrays.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded_arrays[name], array)
+        assert loaded_arrays[name].dtype == array.dtype
+    assert names(tmp_path / "models") == ["checkpoint.npz"]
+
+
+def test_checkpoint_of_another_training_is_not_taken_up(tmp_path):
+    path = tmp_path / "checkpoint.npz"
+    FileCheckpoints(path, "one").save({"a": np.ones(2)}, {"step": 1})
+    assert FileCheckpoints(path, "other").load() is None
+    assert FileCheckpoints(path, "one").load() is not None
+
+
+def test_cleared_checkpoint_is_gone_and_may_be_cleared_again(tmp_path):
+    checkpoints = FileCheckpoints(tmp_path / "checkpoint.npz", "one")
+    checkpoints.save({}, {})
+    checkpoints.clear()
+    checkpoints.clear()
+    assert checkpoints.load() is None

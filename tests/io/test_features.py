@@ -1,0 +1,269 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from kedro.io import DatasetError
+from PIL import Image, ImageDraw
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.core.image import ImageConfig, normalise_line, read_image
+from htr_pipeline.io.datasets import LineFeatures, ParquetTable
+from htr_pipeline.io.features import FeatureShards, ShardPlan
+from htr_pipeline.io.manifest import MANIFEST, to_table
+
+CONFIG = ImageConfig(height_pixels=24, shard_lines=4, num_workers=1)
+NUM_LINES = {"train": 10, "validation": 3, "test": 5}
+
+
+def draw_line(path, seed):
+    rng = np.random.default_rng(seed)
+    image = Image.new("L", (int(rng.integers(60, 120)), 32), 230)
+    pen = ImageDraw.Draw(image)
+    for x in range(6, image.width - 12, 12):
+        pen.line([(x, 26), (x + int(rng.integers(0, 9)), int(rng.integers(4, 16)))], fill=30, width=3)
+    image.save(path)
+
+
+def make_manifest(root, num_lines=NUM_LINES):
+    rows = []
+    for split, count in num_lines.items():
+        for index in range(count):
+            name = f"{split}-{index:02d}"
+            draw_line(root / f"{name}.png", len(rows))
+            rows.append(
+                {
+                    "line_id": name,
+                    "page_id": name,
+                    "writer_id": f"writer {split}",
+                    "split": split,
+                    "text": f"text {index}",
+                    "image_path": f"{name}.png",
+                    "source": "test",
+                    "format": "lines",
+                    "width_pixels": 80,
+                    "height_pixels": 32,
+                    "content_hash": f"{len(rows):064x}",
+                    "group": "odd" if index % 2 else None,
+                }
+            )
+    # Not in the order of the shards.
+    return to_table(rows[::-1], MANIFEST, {"image_root": str(root)})
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    (tmp_path / "images").mkdir()
+    return make_manifest(tmp_path / "images")
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def save(folder, manifest, config=CONFIG):
+    dataset = LineFeatures(str(folder))
+    dataset.save(ShardPlan(manifest, config))
+    return dataset.load()
+
+
+def test_shards_hold_the_normalised_pixels_column_after_column(tmp_path, manifest):
+    features = save(tmp_path / "features", manifest)
+    seen = 0
+    for split in NUM_LINES:
+        for line in features.lines(split):
+            expected = normalise_line(read_image(tmp_path / "images" / f"{line.line_id}.png"), CONFIG)
+            assert line.pixels.dtype == np.uint8
+            assert line.pixels.shape[1] == CONFIG.height_pixels
+            np.testing.assert_array_equal(line.pixels, expected.pixels)
+            row = features.read_lines([line.line_id])[line.line_id]
+            columns = np.frombuffer(row["pixels"], np.uint8).reshape(row["width_pixels"], row["height_pixels"])
+            np.testing.assert_array_equal(columns, expected.pixels)
+            assert row["ink_share"] == pytest.approx(expected.ink_share)
+            assert row["slant_degrees"] == expected.slant_degrees
+            seen += 1
+    assert seen == 18
+
+
+def test_shards_have_fixed_names_and_sorted_lines(tmp_path, manifest):
+    features = save(tmp_path / "features", manifest)
+    assert list(files(tmp_path / "features")) == [
+        "split=test/shard-00000.parquet",
+        "split=test/shard-00001.parquet",
+        "split=train/shard-00000.parquet",
+        "split=train/shard-00001.parquet",
+        "split=train/shard-00002.parquet",
+        "split=validation/shard-00000.parquet",
+    ]
+    ids = [line.line_id for line in features.lines("train")]
+    assert ids == [f"train-{index:02d}" for index in range(10)]
+
+
+def test_shards_are_the_same_bytes_with_one_process_and_with_two(tmp_path, manifest):
+    save(tmp_path / "one", manifest)
+    save(tmp_path / "two", manifest, replace(CONFIG, num_workers=2))
+    save(tmp_path / "shuffled", manifest.take(np.random.default_rng(0).permutation(len(manifest))))
+    assert files(tmp_path / "one") == files(tmp_path / "two") == files(tmp_path / "shuffled")
+
+
+def test_shards_are_read_by_plain_pandas(tmp_path, manifest):
+    save(tmp_path / "features", manifest)
+    frame = pd.read_parquet(tmp_path / "features", partitioning=None)
+    assert frame["split"].value_counts().to_dict() == NUM_LINES
+    one = pd.read_parquet(tmp_path / "features" / "split=validation" / "shard-00000.parquet", partitioning=None)
+    assert list(one["text"]) == ["text 0", "text 1", "text 2"]
+    assert one["group"].isna().tolist() == [True, False, True]
+
+
+def test_unchanged_shards_are_taken_over_and_only_changed_ones_made_anew(tmp_path, manifest):
+    folder = tmp_path / "features"
+    save(folder, manifest)
+    old = files(folder)
+    # Without its images a shard cannot be made again.
+    for path in (tmp_path / "images").glob("*.png"):
+        if not path.name.startswith("validation"):
+            path.unlink()
+    rows = [row | {"text": "new text"} if row["line_id"] == "validation-01" else row for row in manifest.to_pylist()]
+    features = save(folder, to_table(rows, MANIFEST, {"image_root": str(tmp_path / "images")}))
+    new = files(folder)
+    assert {name for name in old if new[name] != old[name]} == {"split=validation/shard-00000.parquet"}
+    assert features.read_lines(["validation-01"])["validation-01"]["text"] == "new text"
+
+
+def test_shards_that_no_line_belongs_to_any_more_are_removed(tmp_path, manifest):
+    folder = tmp_path / "features"
+    save(folder, manifest)
+    save(
+        folder,
+        manifest.filter([line_id not in ("train-08", "train-09") for line_id in manifest["line_id"].to_pylist()]),
+    )
+    assert "split=train/shard-00002.parquet" not in files(folder)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("change", [{"height_pixels": 32}, {"even_paper": False}, {"deslant": True}])
+def test_another_setting_makes_every_shard_anew(tmp_path, manifest, change):
+    folder, config = tmp_path / "features", replace(CONFIG, **change)
+    hash_before, before = save(folder, manifest).data_hash(), files(folder)
+    features = save(folder, manifest, config)
+    after = files(folder)
+    assert all(after[name] != before[name] for name in before)
+    assert features.data_hash() != hash_before
+    for line in features.lines("test"):
+        expected = normalise_line(read_image(tmp_path / "images" / f"{line.line_id}.png"), config)
+        np.testing.assert_array_equal(line.pixels, expected.pixels)
+
+
+def test_number_of_processes_does_not_make_shards_anew(tmp_path, manifest):
+    folder = tmp_path / "features"
+    hash_before = save(folder, manifest).data_hash()
+    for path in (tmp_path / "images").glob("*.png"):
+        path.unlink()
+    assert save(folder, manifest, replace(CONFIG, num_workers=2)).data_hash() == hash_before
+
+
+SAVE = """
+import sys
+from htr_pipeline.core.image import ImageConfig
+from htr_pipeline.io.datasets import LineFeatures, ParquetTable
+from htr_pipeline.io.features import ShardPlan
+manifest = ParquetTable(sys.argv[1]).load()
+config = ImageConfig(height_pixels=32, shard_lines=4, num_workers=1)
+LineFeatures(sys.argv[2]).save(ShardPlan(manifest, config))
+"""
+
+
+def test_killed_run_leaves_the_old_shards_and_the_next_one_takes_over_what_it_finished(tmp_path):
+    (tmp_path / "images").mkdir()
+    manifest = make_manifest(tmp_path / "images", {"train": 400, "validation": 4, "test": 4})
+    ParquetTable(str(tmp_path / "manifest.parquet")).save(manifest)
+    folder, partial = tmp_path / "features", tmp_path / ".partial-features"
+    save(folder, manifest)
+    old = files(folder)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVE, str(tmp_path / "manifest.parquet"), str(folder)],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(partial.glob("split=train/shard-*"))) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert files(folder) == old
+
+    finished = {name: content for name, content in files(partial).items() if ".partial" not in name}
+    assert 5 <= len(finished) < len(old)
+    for name in finished:
+        for row in pd.read_parquet(partial / name, columns=["line_id"], partitioning=None)["line_id"]:
+            (tmp_path / "images" / f"{row}.png").unlink()  # not needed a second time
+    features = save(folder, manifest, replace(CONFIG, height_pixels=32))
+    assert not partial.exists()
+    assert finished.items() <= files(folder).items()
+    assert files(folder).keys() == old.keys()
+    assert set(features.figures()["height_pixels"].to_pylist()) == {32}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_image_that_cannot_be_read_any_more_is_named_by_its_line_and_the_old_shards_stay(
+    tmp_path, manifest, num_workers
+):
+    folder = tmp_path / "features"
+    save(folder, manifest)
+    old = files(folder)
+    (tmp_path / "images" / "train-05.png").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=r"line 'train-05'.*kedro run --pipeline data_validation") as caught:
+        save(folder, manifest, replace(CONFIG, height_pixels=32, num_workers=num_workers))
+    assert isinstance(caught.value.__cause__, UserError)  # which the command line shows without a traceback
+    assert files(folder) == old
+
+
+def test_lines_by_id_come_from_every_split_and_unknown_ones_are_left_out(tmp_path, manifest):
+    features = save(tmp_path / "features", manifest)
+    rows = features.read_lines(["test-04", "train-09", "nobody"])
+    assert rows.keys() == {"test-04", "train-09"}
+    assert (rows["train-09"]["text"], rows["train-09"]["split"]) == ("text 9", "train")
+
+
+def test_figures_have_a_row_for_every_line_and_no_pixels(tmp_path, manifest):
+    table = save(tmp_path / "features", manifest).figures()
+    assert len(table) == 18
+    assert "pixels" not in table.column_names
+    assert table["split"].to_pylist() == ["train"] * 10 + ["validation"] * 3 + ["test"] * 5
+    assert FeatureShards(tmp_path / "nothing").figures().num_rows == 0
+
+
+def test_shuffled_lines_come_once_each_and_in_the_same_order_for_the_same_seed(tmp_path, manifest):
+    features = save(tmp_path / "features", manifest, replace(CONFIG, shard_lines=1))
+
+    def ids(seed):
+        return [line.line_id for line in features.lines("train", np.random.default_rng(seed))]
+
+    in_order = [line.line_id for line in features.lines("train")]
+    assert sorted(ids(1)) == in_order
+    assert ids(1) == ids(1)
+    assert ids(1) != in_order
+    assert ids(1) != ids(2)
+
+
+def test_data_hash_follows_texts_images_and_splits(tmp_path, manifest):
+    features = save(tmp_path / "features", manifest)
+    rows = manifest.to_pylist()
+    metadata = {"image_root": str(tmp_path / "images")}
+    other_text = to_table([rows[0] | {"text": "other"}, *rows[1:]], MANIFEST, metadata)
+    other_image = to_table([rows[0] | {"content_hash": "f" * 64}, *rows[1:]], MANIFEST, metadata)
+    hashes = {
+        features.data_hash(),
+        features.data_hash(("test",)),
+        save(tmp_path / "text", other_text).data_hash(),
+        save(tmp_path / "image", other_image).data_hash(),
+    }
+    assert len(hashes) == 4
+    # rows[0] is a test line: what is trained on is the same.
+    assert FeatureShards(tmp_path / "text").data_hash(("train",)) == features.data_hash(("train",))

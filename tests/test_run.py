@@ -1,0 +1,321 @@
+"""The project as a user runs it: real processes on a toy data set, in a folder of their own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+NO_CACHES = shutil.ignore_patterns("__pycache__")
+KEDRO = (sys.executable, "-m", "kedro", "run", "--env", "test")
+
+
+def environment():
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "KEDRO_", "PYTHONPATH"))
+    }
+    return kept | {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+def kedro_run(project, *arguments):
+    return subprocess.run(
+        [*KEDRO, *arguments], cwd=project, env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+def succeed(project, *arguments):
+    done = kedro_run(project, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def new_project(folder):
+    folder.mkdir()
+    shutil.copytree(ROOT / "conf", folder / "conf", ignore=shutil.ignore_patterns("local"))
+    (folder / "conf" / "local").mkdir()
+    shutil.copy2(ROOT / "pyproject.toml", folder)
+    # Not a link: Kedro insists on code within the project.
+    shutil.copytree(ROOT / "src" / "htr_pipeline", folder / "src" / "htr_pipeline", ignore=NO_CACHES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A project in which everything was run once; tests must leave its files as they are."""
+    project = new_project(tmp_path_factory.mktemp("toy") / "project")
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    subprocess.run(["git", "init", "-q"], cwd=project, check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "toy"], cwd=project, check=True)
+    return SimpleNamespace(project=project, output=succeed(project))
+
+
+@pytest.fixture
+def project(toy, tmp_path):
+    """A copy of the toy project, with its data, runs and registered model, that a test may change."""
+    return shutil.copytree(toy.project, tmp_path / "project")
+
+
+def catalog(project):
+    entries = yaml.safe_load((project / "conf/base/catalog.yml").read_text(encoding="utf-8"))
+    return {name: project / entry["filepath"] for name, entry in entries.items()}
+
+
+def client(project):
+    import mlflow
+
+    uri = f"sqlite:///{project / 'mlflow.db'}"
+    return mlflow.MlflowClient(uri, uri)
+
+
+def mlflow_runs(project):
+    """Newest first."""
+    store = client(project)
+    experiment = store.get_experiment_by_name("htr_pipeline")
+    return store.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def weights(path):
+    arrays = {}
+    with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as stream, h5py.File(stream) as file:
+        file.visititems(lambda name, item: arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
+    return arrays
+
+
+def mtimes(paths):
+    return {name: path.stat().st_mtime_ns for name, path in paths.items()}
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+
+def test_whole_run_makes_every_output_of_the_catalog_and_leaves_no_partial_file(toy):
+    missing = [name for name, path in catalog(toy.project).items() if not path.exists()]
+    assert missing == []
+    hidden = [str(path) for path in (toy.project / "data").rglob(".*")]
+    assert hidden == []
+    assert not (toy.project / "data/06_models/checkpoint.npz").exists()
+
+
+def test_whole_run_ends_with_the_error_rate_and_the_places_of_the_results(toy):
+    score = read_json(catalog(toy.project)["metrics"])["splits"]["test"]["greedy"]
+    assert f"CER {score['cer']:.2%}" in toy.output
+    assert "data/08_reporting/report.html" in toy.output
+    assert "models:/htr/1" in toy.output
+    assert mlflow_runs(toy.project)[0].info.run_id in toy.output
+
+
+def test_tables_are_read_by_plain_pandas(toy):
+    paths = catalog(toy.project)
+    frames = {name: pd.read_parquet(path) for name, path in paths.items() if path.suffix == ".parquet"}
+    features = pd.read_parquet(paths["features"], partitioning=None)
+    lines = {"train": 4 * 8, "validation": 2 * 4, "test": 4 * 4}
+    assert frames["manifest"]["split"].value_counts().to_dict() == lines
+    assert features["split"].value_counts().to_dict() == lines
+    assert set(features["line_id"]) == set(frames["manifest"]["line_id"])
+    assert all(len(row.pixels) == row.width_pixels * row.height_pixels for row in features.itertuples())
+    assert len(frames["history"]) == 2
+    assert set(frames["predictions"]["decoder"]) == {"greedy", "beam"}
+    assert not set(frames["predictions"]["split"]) - {"validation", "test"}
+
+
+def test_mlflow_has_one_finished_run_with_parameters_metrics_tags_and_artifacts(toy):
+    runs = mlflow_runs(toy.project)
+    assert len(runs) == 1
+    info, data = runs[0].info, runs[0].data
+    assert info.status == "FINISHED"
+    assert (data.params["training.epochs"], data.params["model.size"]) == ("2", "XS")
+    assert data.params["training.learning_rate"] == "0.002"  # not in conf/test: from conf/base
+    metrics = read_json(catalog(toy.project)["metrics"])["splits"]
+    assert data.metrics["test_cer_greedy"] == metrics["test"]["greedy"]["cer"]
+    assert data.metrics["validation_wer_beam"] == metrics["validation"]["beam"]["wer"]
+    assert data.metrics["num_lines_train"] == 32
+    assert {"train_loss", "validation_cer", "lines_per_second"} <= data.metrics.keys()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=toy.project, capture_output=True, text=True, check=True)
+    assert data.tags["git_commit"] == head.stdout.strip()
+    assert data.tags["data_hash"] == read_json(catalog(toy.project)["feature_stats"])["data_hash"]
+    artifacts = {artifact.path for artifact in client(toy.project).list_artifacts(info.run_id)}
+    assert {"report.html", "validation"} <= artifacts
+    docs = {artifact.path for artifact in client(toy.project).list_artifacts(info.run_id, "validation")}
+    assert "validation/index.html" in docs
+
+
+PREDICT = """
+import json, sys
+from pathlib import Path
+import mlflow
+import pandas as pd
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/htr@champion")
+good, broken = sys.argv[2:]
+answers = {
+    "path": model.predict(pd.DataFrame({"image": [good, broken]})),
+    "bytes": model.predict(pd.DataFrame({"image": [Path(good).read_bytes(), Path(broken).read_bytes()]})),
+    "beam": model.predict(pd.DataFrame({"image": [good]}), params={"decoder": "beam", "beam_width": 3}),
+}
+print(json.dumps({name: json.loads(answer.to_json(orient="records")) for name, answer in answers.items()}))
+"""
+
+
+def test_champion_reads_paths_and_bytes_in_a_fresh_process_and_reports_a_broken_image(toy, tmp_path):
+    manifest = pd.read_parquet(catalog(toy.project)["manifest"])
+    predictions = pd.read_parquet(catalog(toy.project)["predictions"]).set_index(["decoder", "line_id"])
+    line = manifest[manifest["split"] == "test"].iloc[0]
+    good, broken = toy.project / "data/01_raw/demo" / line["image_path"], tmp_path / "broken.png"
+    broken.write_bytes(good.read_bytes()[:100])
+    done = subprocess.run(
+        [sys.executable, "-c", PREDICT, f"sqlite:///{toy.project / 'mlflow.db'}", str(good), str(broken)],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    expected = predictions.loc[("greedy", line["line_id"])]
+    for kind in ("path", "bytes"):
+        first, second = answers[kind]
+        assert first["text"] == expected["hypothesis"]
+        assert first["confidence"] == pytest.approx(expected["confidence"], rel=1e-3)
+        assert first["error"] is None
+        assert (second["text"], second["confidence"]) == (None, None)
+        assert "the image cannot be decoded" in second["error"]
+    assert str(broken) in answers["path"][1]["error"]
+    assert answers["beam"][0]["error"] is None
+
+
+# --- parts of it, from what is on disk -------------------------------------------------------------------------------
+
+
+def test_evaluation_alone_gives_the_same_predictions_again(project):
+    paths = catalog(project)
+    before, old = pd.read_parquet(paths["predictions"]), mtimes(paths)
+    succeed(project, "--pipeline", "evaluation")
+    changed = {name for name, mtime in mtimes(paths).items() if mtime != old[name]}
+    assert changed == {"predictions", "metrics"}
+    pd.testing.assert_frame_equal(pd.read_parquet(paths["predictions"]), before)
+
+
+def test_only_missing_outputs_and_reporting_rebuild_the_report_alone(project):
+    paths = catalog(project)
+    old = mtimes(paths)
+    paths["report"].unlink()
+    succeed(project, "--only-missing-outputs")
+    rebuilt = mtimes(paths)
+    assert {name for name, mtime in rebuilt.items() if mtime != old[name]} == {"report"}
+    succeed(project, "--pipeline", "reporting")
+    assert {name for name, mtime in mtimes(paths).items() if mtime != rebuilt[name]} == {"report"}
+
+
+def test_second_run_on_the_same_data_gives_the_same_network_and_leaves_the_champion(project):
+    paths = catalog(project)
+    before = weights(paths["model"])
+    shards = {path: path.read_bytes() for path in sorted(paths["features"].rglob("*.parquet"))}
+    succeed(project)
+    after = weights(paths["model"])
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array, err_msg=name)
+    assert {path: path.read_bytes() for path in sorted(paths["features"].rglob("*.parquet"))} == shards
+    store = client(project)
+    assert {version.version for version in store.search_model_versions("name = 'htr'")} == {"1", "2"}
+    assert store.get_model_version_by_alias("htr", "champion").version == "1"
+    registration = read_json(paths["registration"])
+    assert (registration["version"], registration["promoted"], registration["champion_version"]) == ("2", False, "1")
+    assert "not better" in registration["reason"]
+    assert [run.info.status for run in mlflow_runs(project)] == ["FINISHED", "FINISHED"]
+
+
+# --- interruption ----------------------------------------------------------------------------------------------------
+
+
+def checkpoint_step(path):
+    """Steps that the checkpoint has behind it, 0 without one."""
+    if not path.exists():
+        return 0
+    with np.load(path) as file:
+        return json.loads(file["header"].tobytes())["state"]["step"]
+
+
+def test_training_goes_on_after_sigkill_in_the_same_mlflow_run_with_the_same_result(project):
+    paths, checkpoint = catalog(project), project / "data/06_models/checkpoint.npz"
+    command = ("--pipeline", "training", "--params", "training.checkpoint_seconds=0.0,training.epochs=6")
+    succeed(project, *command)
+    expected, history = weights(paths["model"]), pd.read_parquet(paths["history"])
+    num_runs, old = len(mlflow_runs(project)), mtimes(paths)
+
+    process = subprocess.Popen(
+        [*KEDRO, *command],
+        cwd=project,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    # Six steps of 24: in the middle of the second epoch.
+    while checkpoint_step(checkpoint) < 6 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 6 <= checkpoint_step(checkpoint) < 24
+    killed_run = read_json(project / "data/.mlflow_run.json")["run_id"]
+    assert mtimes(paths)["model"] == old["model"]
+
+    output = succeed(project, *command)
+    assert f"Going on in the MLflow run {killed_run}" in output
+    assert not checkpoint.exists()
+    runs = mlflow_runs(project)
+    assert len(runs) == num_runs + 1
+    assert (runs[0].info.run_id, runs[0].info.status) == (killed_run, "FINISHED")
+    actual = weights(paths["model"])
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+    timeless = ["epoch", "step", "train_loss", "train_cer", "validation_loss", "validation_cer", "learning_rate"]
+    pd.testing.assert_frame_equal(pd.read_parquet(paths["history"])[timeless], history[timeless])
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("training.epoch=3", "Did you mean training.epochs?"),
+        ("training.epochs=0", "training.epochs = 0"),
+        ("trainig.epochs=3", "Did you mean training?"),
+    ],
+)
+def test_wrong_parameter_stops_before_any_node_with_a_sentence(tmp_path, mistake, message):
+    project = new_project(tmp_path / "project")
+    done = kedro_run(project, "--params", mistake)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (project / "data").exists()
+    assert not (project / "mlflow.db").exists()
+
+
+def test_source_that_does_not_exist_stops_with_a_sentence_and_a_failed_mlflow_run(project):
+    done = kedro_run(project, "--params", "source.path=nowhere,source.format=lines")
+    assert done.returncode != 0
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert [run.info.status for run in mlflow_runs(project)] == ["FAILED", "FINISHED"]
