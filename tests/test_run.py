@@ -234,8 +234,8 @@ def test_second_run_on_the_same_data_gives_the_same_network_and_leaves_the_champ
         np.testing.assert_array_equal(after[name], array, err_msg=name)
     assert {path: path.read_bytes() for path in sorted(paths["features"].rglob("*.parquet"))} == shards
     store = client(project)
-    assert {version.version for version in store.search_model_versions("name = 'htr'")} == {"1", "2"}
-    assert store.get_model_version_by_alias("htr", "champion").version == "1"
+    assert {str(version.version) for version in store.search_model_versions("name = 'htr'")} == {"1", "2"}
+    assert str(store.get_model_version_by_alias("htr", "champion").version) == "1"
     registration = read_json(paths["registration"])
     assert (registration["version"], registration["promoted"], registration["champion_version"]) == ("2", False, "1")
     assert "not better" in registration["reason"]

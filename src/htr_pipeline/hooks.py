@@ -219,7 +219,7 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
         "",
         "Next:",
         f"  xdg-open {place('report')}    # look at it (macOS: open)",
-        "  make ui                                     # runs and models in MLflow, on http://127.0.0.1:5000",
-        '  kedro run --params "source.path=FOLDER,source.format=lines"   # your own lines: NAME.png beside NAME.gt.txt',
+        "  make ui    # runs and models in MLflow, on http://127.0.0.1:5000",
+        '  .venv/bin/kedro run --params "source.path=FOLDER,source.format=lines"    # yours: NAME.png, NAME.gt.txt',
     ]
     sys.stdout.write("\n".join(lines) + "\n")

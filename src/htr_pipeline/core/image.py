@@ -18,6 +18,8 @@ from htr_pipeline.core.config import UserError, config, setting
 DOWNSAMPLING = 4
 MAX_IMAGE_PIXELS = 100_000_000
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
+# read_image has a limit of its own, with an error instead of a warning.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @config("features")
@@ -62,17 +64,14 @@ def read_image(source: Path | bytes) -> np.ndarray:
     """
     name = str(source) if isinstance(source, Path) else f"{len(source)} bytes of image data"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            stream: Path | io.BytesIO = source if isinstance(source, Path) else io.BytesIO(source)
-            with Image.open(stream, formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_IMAGE_PIXELS:
-                    raise UserError(
-                        f"{name}: {width} x {height} pixels; at most {MAX_IMAGE_PIXELS} are read. "
-                        "Cut the page into lines."
-                    )
-                return _to_grey(ImageOps.exif_transpose(image))
+        stream: Path | io.BytesIO = source if isinstance(source, Path) else io.BytesIO(source)
+        with Image.open(stream, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_IMAGE_PIXELS:
+                raise UserError(
+                    f"{name}: {width} x {height} pixels; at most {MAX_IMAGE_PIXELS} are read. Cut the page into lines."
+                )
+            return _to_grey(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise UserError(f"{name}: there is no such file.") from None
     except UnidentifiedImageError:

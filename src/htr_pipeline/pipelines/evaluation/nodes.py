@@ -95,6 +95,7 @@ def measure_errors(
         "signature": signature("NFC", "test", len(test), version("htr-pipeline")),
         "data_hash": feature_stats["data_hash"],
         "test_hash": features.data_hash(("test",)),
+        "confidence": evaluation.confidence,
         "decoders": list(DECODERS),
         "headline": {"split": "test", "decoder": decoding.decoder},
         "splits": {
