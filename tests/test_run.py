@@ -12,10 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NO_CACHES = shutil.ignore_patterns("__pycache__")
@@ -240,6 +242,13 @@ def test_second_run_on_the_same_data_gives_the_same_network_and_leaves_the_champ
     assert (registration["version"], registration["promoted"], registration["champion_version"]) == ("2", False, "1")
     assert "not better" in registration["reason"]
     assert [run.info.status for run in mlflow_runs(project)] == ["FINISHED", "FINISHED"]
+
+
+def test_the_notebook_runs_on_the_tables_of_the_catalog(toy):
+    notebook = nbformat.read(ROOT / "notebooks" / "01_where_are_the_errors.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(toy.project)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("on 16 lines" in str(output) for output in outputs)
 
 
 # --- interruption ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Kedro's settings of this project."""
 
 import os
+import warnings
 
 from htr_pipeline.hooks import MlflowHook, SettingsHook
 
@@ -8,10 +9,13 @@ from htr_pipeline.hooks import MlflowHook, SettingsHook
 for _name, _value in {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TF_ENABLE_ONEDNN_OPTS": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+# Kedro 1.7 with OmegaConf 2.4: nothing that a user could change.
+warnings.filterwarnings("ignore", message="register_new_resolver")
 
 HOOKS = (SettingsHook(), MlflowHook())
 

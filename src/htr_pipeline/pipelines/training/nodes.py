@@ -117,7 +117,7 @@ class _TrainingProgress:
             100 * row["validation_cer"],
             row["lines_per_second"],
         )
-        reference, hypothesis = samples[0]
+        reference, hypothesis = samples[int(row["epoch"]) % len(samples)]
         logger.info("  %r is read as %r", reference, hypothesis)
         if mlflow.active_run():
             mlflow.log_metrics({k: v for k, v in row.items() if k not in ("epoch", "step")}, step=int(row["step"]))
