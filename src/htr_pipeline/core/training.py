@@ -149,6 +149,7 @@ def train_network(
             if now - saved_at >= config.checkpoint_seconds:
                 save_checkpoint()
                 saved_at = clock = time.monotonic()
+                state.elapsed_seconds += saved_at - now
             if done >= 1.0:
                 break
         clock = time.monotonic()
