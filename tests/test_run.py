@@ -251,6 +251,26 @@ def test_the_notebook_runs_on_the_tables_of_the_catalog(toy):
     assert any("on 16 lines" in str(output) for output in outputs)
 
 
+def test_a_folder_of_lines_goes_through_everything_and_the_champion_reads_its_test_lines(project):
+    demo = project / "data/01_raw/demo"
+    for row in pd.read_csv(demo / "lines.tsv", sep="\t", quoting=3, dtype=str).itertuples():
+        folder = project / "my_lines" / row.writer
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(demo / row.image, folder / f"{row.id}.png")
+        (folder / f"{row.id}.gt.txt").write_text(row.text + "\n", encoding="utf-8")
+    (project / "my_lines" / "broken.png").write_bytes(b"no image")
+    output = succeed(project, "--params", "source.path=my_lines,source.format=lines,training.epochs=1")
+    assert "it reads the present ones" in output
+    paths = catalog(project)
+    manifest = pd.read_parquet(paths["manifest"])
+    assert len(manifest) == 56
+    assert manifest.groupby("writer_id")["split"].nunique().max() == 1
+    assert manifest["group"].isna().all()
+    assert pd.read_parquet(paths["rejected_lines"])["file"].tolist() == ["broken.png"]
+    assert read_json(paths["metrics"])["groups"] == []
+    assert read_json(paths["registration"])["champion_cer"] is not None
+
+
 # --- interruption ----------------------------------------------------------------------------------------------------
 
 

@@ -40,22 +40,19 @@ def read_lines(features: FeatureShards, model: Any, charset: str, decoding: Deco
     from htr_pipeline.core.inference import Network
 
     network = Network(model, Charset.from_json(charset))
-    figures = features.figures().to_pandas().set_index("line_id")
+    columns = features.figures().select(["line_id", "split", "writer_id", "group"]).to_pylist()
+    lines_by_id = {row["line_id"]: row for row in columns if row["split"] in _SPLITS}
     rows = []
-    with tqdm(total=int(figures["split"].isin(_SPLITS).sum()), desc="Reading", unit="line") as bar:
+    with tqdm(total=len(lines_by_id), desc="Reading", unit="line") as bar:
         for lines in _chunks(line for split in _SPLITS for line in features.lines(split)):
             log_probs = network.log_probs(lines)
             for decoder in DECODERS:
                 readings = network.decode(log_probs, replace(decoding, decoder=decoder))
                 counts = score_lines([line.text for line in lines], [reading.text for reading in readings]).characters
                 for index, (line, reading) in enumerate(zip(lines, readings, strict=True)):
-                    about = figures.loc[line.line_id]
                     rows.append(
                         {
-                            "line_id": line.line_id,
-                            "split": about["split"],
-                            "writer_id": about["writer_id"],
-                            "group": about["group"],
+                            **lines_by_id[line.line_id],
                             "decoder": decoder,
                             "reference": line.text,
                             "hypothesis": reading.text,
