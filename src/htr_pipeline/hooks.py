@@ -19,7 +19,7 @@ from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.io.datasets import replacing
+from htr_pipeline.io.atomic import replacing
 
 logger = logging.getLogger(__name__)
 

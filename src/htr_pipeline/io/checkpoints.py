@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from htr_pipeline.io.datasets import replacing
+from htr_pipeline.io.atomic import replacing
 
 
 class FileCheckpoints:

@@ -3,11 +3,7 @@
 Kedro's own datasets write in place, so that a reader, or a process killed half-way, would see half a file.
 """
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +12,8 @@ import pyarrow.parquet as pq
 from kedro.io import AbstractDataset
 
 from htr_pipeline.core.config import UserError
+from htr_pipeline.io.atomic import replace_folder, replacing
 from htr_pipeline.io.features import FeatureShards
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file to, which takes the place of `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays: Keras chooses the format by it.
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        yield partial
-        with partial.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Puts folder `new` in the place of folder `old`, which may not exist yet."""
-    retired = old.with_name(f".retired-{os.getpid()}-{old.name}")
-    if old.exists():
-        old.rename(retired)
-    new.rename(old)
-    shutil.rmtree(retired, ignore_errors=True)
 
 
 class _FileDataset(AbstractDataset):

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.synthesis import Font, draw_style, render_line
+from htr_pipeline.io.atomic import replace_folder
 
 logger = logging.getLogger(__name__)
 
@@ -150,13 +151,7 @@ def render_demo(folder: str | Path, config: DemoConfig, progress: bool = True) -
         table = ["\t".join(COLUMNS)] + ["\t".join(row.values()) for writer in writers for row in writer.rows()]
         (partial / _TABLE).write_text("\n".join(table) + "\n", encoding="utf-8", newline="\n")
         (partial / _RECORD).write_text(record, encoding="utf-8")
-        if folder.exists():
-            retired = folder.with_name(f".retired-{os.getpid()}-{folder.name}")
-            folder.rename(retired)
-            partial.rename(folder)
-            shutil.rmtree(retired)
-        else:
-            partial.rename(folder)
+        replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -311,7 +306,7 @@ def _remove_leftovers(folder: Path) -> None:
     for path in folder.parent.glob(f".*-*-{folder.name}"):
         kind, _, rest = path.name.partition("-")
         pid = rest.partition("-")[0]
-        if kind in (".partial", ".retired") and pid.isdecimal() and not _is_running(int(pid)):
+        if kind == ".partial" and pid.isdecimal() and not _is_running(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
 
 

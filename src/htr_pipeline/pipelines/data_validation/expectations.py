@@ -22,6 +22,7 @@ from jinja2 import Template
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.image import ImageConfig, num_frames, scaled_width
 from htr_pipeline.core.text import required_frames
+from htr_pipeline.io.atomic import replace_folder
 from htr_pipeline.io.manifest import SPLITS
 
 
@@ -319,13 +320,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     A reader sees the old files or the new ones. What a run that was killed left behind is removed by the next.
     """
-    new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir()
+    new = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
     yield new
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(new, folder)
