@@ -6,13 +6,14 @@ there is nothing to underflow, so an unpruned search is exact.
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
 import numpy.typing as npt
+
+from htr_pipeline.core.ctc.threads import num_cores
 
 # A log-softmax in half precision may end up this much above zero by rounding; logits and probabilities lie far above.
 _LOG_PROB_TOLERANCE = 1e-2
@@ -128,7 +129,7 @@ def beam_search(
         ]
         return sorted(hypotheses, key=lambda found: (-found.score, len(found.labels), found.labels.tolist()))
 
-    return _in_threads(search, lines, num_threads or _num_cores())
+    return _in_threads(search, lines, num_threads or num_cores())
 
 
 def _impossible_line() -> Hypothesis:
@@ -143,10 +144,6 @@ def _in_threads(
         return [search(frames) for frames in lines]
     with ThreadPoolExecutor(min(num_threads, len(lines))) as pool:
         return list(pool.map(search, lines))
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _num_prefixes(num_frames: int, num_classes: int, limit: int) -> int:

@@ -1,0 +1,275 @@
+"""Labels, logits and lengths as callers give them, brought to one form and checked row by row."""
+
+import functools
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext  # no public function tells it
+
+# What a row was found to be; the compiled part finds it, the caller raises it. The worst problem of a row counts.
+FINE, INFEASIBLE, BLANK_IN_LABEL, CLASS_OUT_OF_RANGE, LABEL_LENGTH, LOGIT_LENGTH = range(6)
+_PROBLEMS = (
+    "",
+    "Too few frames for the label, or a class that it needs has logit -inf: no alignment fits. "
+    "Reject such lines beforehand, or pass infeasible='inf'.",
+    "The blank occurs inside a label: labels hold only other classes. Check blank_index, and that label_length does "
+    "not count padding.",
+    "A label is not a class of the logits: expected 0 <= label < number of classes. Check that label_length does not "
+    "count padding.",
+    "label_length is negative or exceeds the width of labels.",
+    "logit_length is negative or exceeds the number of frames. "
+    "Where time is the first axis of the logits, pass logits_time_major=True.",
+)
+_ROWS_NAMED = 10
+_SUM_TOLERANCE = 1e-2  # of a softmax in half precision
+
+
+class Lines(NamedTuple):
+    """A batch of lines in one form.
+
+    Attributes:
+        labels: (B, N) int32; anything behind label_length.
+        logits: (B, T, K), or (T, B, K) where time is the first axis.
+        label_length: (B,) int32.
+        logit_length: (B,) int32.
+    """
+
+    labels: tf.Tensor
+    logits: tf.Tensor
+    label_length: tf.Tensor
+    logit_length: tf.Tensor
+
+
+def read_lines(
+    labels: Any, logits: Any, label_length: Any, logit_length: Any, blank_index: int, logits_time_major: bool
+) -> Lines:
+    """Checks types, ranks and batch sizes, as far as they are known, and fills in what was left out.
+
+    Raises:
+        ValueError: they do not fit; the message says what was received and what was expected.
+    """
+    logits = tf.convert_to_tensor(logits)
+    if logits.dtype not in (tf.float64, tf.float32, tf.float16, tf.bfloat16):
+        raise ValueError(f"logits are {logits.dtype.name}: expected float64, float32, float16 or bfloat16.")
+    if logits.shape.rank not in (3, None):
+        raise ValueError(f"logits have shape {logits.shape}: expected 3 axes (batch, frames, classes).")
+    num_classes = logits.shape[-1] if logits.shape.rank else None
+    if num_classes == 0:
+        raise ValueError(f"logits have shape {logits.shape}: expected at least one class, the blank.")
+    if num_classes is not None and not -num_classes <= blank_index < num_classes:
+        raise ValueError(
+            f"blank_index={blank_index}: the logits have {num_classes} classes, "
+            f"expected {-num_classes} to {num_classes - 1}."
+        )
+    time_axis = 0 if logits_time_major else 1
+    labels, label_length = dense_labels(labels, label_length)
+    if logit_length is None:
+        logit_length = tf.fill([tf.shape(logits)[1 - time_axis]], tf.shape(logits)[time_axis])
+    lines = Lines(labels, logits, label_length, _whole_numbers(logit_length, "logit_length"))
+    lines = _with_one_batch_size(lines, time_axis)
+    _warn_if_softmaxed(lines, time_axis)
+    return lines
+
+
+def dense_labels(labels: Any, label_length: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Every form of labels as (B, N) int32 and label_length (B,) int32."""
+    if isinstance(labels, tf.SparseTensor):
+        # Rows are packed: a gap between two entries of a row is not a label.
+        labels = tf.RaggedTensor.from_value_rowids(labels.values, labels.indices[:, 0], nrows=labels.dense_shape[0])
+    if isinstance(labels, tf.RaggedTensor):
+        if label_length is not None:
+            raise ValueError(
+                "label_length goes with dense or concatenated labels; ragged and sparse ones carry their own."
+            )
+        return _whole_numbers(labels.to_tensor(), "labels"), tf.cast(labels.row_lengths(), tf.int32)
+    if label_length is None:
+        raise ValueError("label_length is missing: dense and concatenated labels need it, padding is never guessed.")
+    labels, label_length = _whole_numbers(labels, "labels"), _whole_numbers(label_length, "label_length")
+    if labels.shape.rank == 1:
+        total = tf.reduce_sum(label_length)
+        tf.debugging.assert_equal(total, tf.size(labels), "Concatenated labels must number sum(label_length).")
+        labels = tf.RaggedTensor.from_row_lengths(labels, label_length).to_tensor()
+    if labels.shape.rank not in (2, None):
+        raise ValueError(f"labels have shape {labels.shape}: expected (batch, labels) or (sum of label_length,).")
+    return labels, label_length
+
+
+def _whole_numbers(values: Any, name: str) -> tf.Tensor:
+    values = tf.convert_to_tensor(values)
+    if not values.dtype.is_integer and values.shape.num_elements() != 0:  # an empty Python list becomes float32
+        raise ValueError(f"{name} are {values.dtype.name}: expected int32 or int64.")
+    # Cut to int32, 2**32 would become class 0: out of range must stay out of range.
+    if values.dtype.size > tf.int32.size:
+        values = tf.clip_by_value(values, tf.cast(tf.int32.min, values.dtype), tf.cast(tf.int32.max, values.dtype))
+    return tf.cast(values, tf.int32)
+
+
+def _with_one_batch_size(lines: Lines, time_axis: int) -> Lines:
+    """The lines, each tensor with the batch size that any of them is known to have."""
+    batch_axis = {"labels": 0, "logits": 1 - time_axis, "label_length": 0, "logit_length": 0}
+    for name in ("label_length", "logit_length"):
+        if getattr(lines, name).shape.rank not in (1, None):
+            raise ValueError(f"{name} has shape {getattr(lines, name).shape}: expected one length for each row.")
+    sizes = {name: getattr(lines, name).shape[axis] for name, axis in batch_axis.items() if getattr(lines, name).shape}
+    known = {size for size in sizes.values() if size is not None}
+    if len(known) > 1:
+        received = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"Batch sizes differ: {received}. Is logits_time_major={time_axis == 0} right?")
+    if None in sizes.values():
+        batch = tf.shape(lines.logits)[1 - time_axis]
+        for name in ("labels", "label_length", "logit_length"):
+            given = tf.shape(getattr(lines, name))[0]
+            tf.debugging.assert_equal(given, batch, "Batch sizes differ. Is logits_time_major right?")
+    for name, axis in batch_axis.items():
+        values = getattr(lines, name)
+        if known and values.shape.rank:
+            shape = values.shape.as_list()
+            shape[axis] = min(known)
+            lines = lines._replace(**{name: tf.ensure_shape(values, shape)})
+    return lines
+
+
+def is_compiled_by_xla() -> bool:
+    """Whether this is called while tracing a tf.function with jit_compile=True."""
+    return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def _warn_if_softmaxed(lines: Lines, time_axis: int) -> None:
+    """Warns where the first frames of all lines are probabilities; not inside XLA, which cannot call back."""
+    if lines.logits.shape[2] == 1 or is_compiled_by_xla():
+        return
+    first = tf.cast(lines.logits[:, :1] if time_axis == 1 else lines.logits[:1], tf.float32)
+    is_softmaxed = tf.reduce_all(first >= 0, axis=2) & (abs(tf.reduce_sum(first, axis=2) - 1) < _SUM_TOLERANCE)
+    has_frames = lines.logit_length > 0
+    suspicious = tf.reduce_any(has_frames) & tf.reduce_all(is_softmaxed | ~tf.expand_dims(has_frames, axis=time_axis))
+
+    def warn() -> np.bool_:
+        warnings.warn(
+            "The logits look like probabilities: they are not negative and sum to 1. The CTC loss applies the softmax "
+            "itself; pass what comes before the softmax.",
+            stacklevel=2,
+        )
+        return np.True_
+
+    if tf.executing_eagerly():
+        if suspicious:
+            warn()
+    else:
+        tf.cond(suspicious, lambda: tf.numpy_function(warn, [], tf.bool), lambda: tf.constant(False))
+
+
+class Rows(NamedTuple):
+    """Labels and lengths that can be computed with: a wrong row has become an empty one.
+
+    Attributes:
+        labels: (B, N) int32, 0 behind label_length.
+        label_length: (B,) int32.
+        logit_length: (B,) int32.
+        status: (B,) int32, FINE or what is wrong with the row.
+        needed: (B,) int32 frames that the label needs.
+    """
+
+    labels: tf.Tensor
+    label_length: tf.Tensor
+    logit_length: tf.Tensor
+    status: tf.Tensor
+    needed: tf.Tensor
+
+
+def checked_rows(
+    lines: Lines, blank_index: int, logits_time_major: bool, collapse: bool = False, merge: bool = True
+) -> Rows:
+    """What can be told of the rows without looking at the logits.
+
+    Args:
+        lines: the batch.
+        blank_index: class of the blank; negative values count from the last class.
+        logits_time_major: whether the logits are (T, B, K).
+        collapse: make one label of equal neighbours.
+        merge: whether equal neighbours need a blank between them.
+    """
+    shape = tf.shape(lines.logits)
+    return _checked_rows(
+        lines.labels, lines.label_length, lines.logit_length,
+        shape[0 if logits_time_major else 1], shape[2], blank_index, collapse, merge,
+    )  # fmt: skip
+
+
+@functools.partial(tf.function, autograph=False, reduce_retracing=True)
+def _checked_rows(
+    labels: tf.Tensor,
+    label_length: tf.Tensor,
+    logit_length: tf.Tensor,
+    num_frames: tf.Tensor,
+    num_classes: tf.Tensor,
+    blank_index: int,
+    collapse: bool,
+    merge: bool,
+) -> Rows:
+    blank = blank_index if blank_index >= 0 else num_classes + blank_index
+    in_label = tf.sequence_mask(label_length, tf.shape(labels)[1])
+    is_blank = tf.reduce_any((labels == blank) & in_label, axis=1)
+    is_outside = tf.reduce_any(((labels < 0) | (labels >= num_classes)) & in_label, axis=1)
+    status = tf.where(is_blank, BLANK_IN_LABEL, FINE)
+    status = tf.where(is_outside, CLASS_OUT_OF_RANGE, status)
+    status = tf.where((label_length < 0) | (label_length > tf.shape(labels)[1]), LABEL_LENGTH, status)
+    status = tf.where((logit_length < 0) | (logit_length > num_frames), LOGIT_LENGTH, status)
+    label_length = tf.where(status == FINE, label_length, 0)
+    logit_length = tf.where(status == FINE, logit_length, 0)
+    labels = tf.where(in_label & (status == FINE)[:, tf.newaxis], labels, 0)
+    if collapse:
+        labels, label_length = _collapse_repeated(labels, label_length)
+    needed = frames_needed(labels, label_length) if merge else label_length
+    return Rows(labels, label_length, logit_length, status, needed)
+
+
+def frames_needed(labels: tf.Tensor, label_length: tf.Tensor) -> tf.Tensor:
+    """(B,) int32 length of each label plus one blank between equal neighbours."""
+    pairs = tf.sequence_mask(label_length - 1, tf.maximum(tf.shape(labels)[1] - 1, 0))
+    equal = (labels[:, 1:] == labels[:, :-1]) & pairs
+    return label_length + tf.reduce_sum(tf.cast(equal, tf.int32), axis=1)
+
+
+def _collapse_repeated(labels: tf.Tensor, label_length: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Labels (B, N) with one label for equal neighbours, and their lengths: those kept move to the front in order."""
+    positions = tf.range(tf.shape(labels)[1])
+    kept = ((labels != tf.roll(labels, 1, axis=1)) | (positions == 0)) & (positions < label_length[:, tf.newaxis])
+    order = tf.argsort(tf.cast(~kept, tf.int32), axis=1, stable=True)
+    return tf.gather(labels, order, batch_dims=1), tf.reduce_sum(tf.cast(kept, tf.int32), axis=1)
+
+
+def raise_problems(status: tf.Tensor, worst_allowed: int, lines: Lines, needed: tf.Tensor) -> list[tf.Operation]:
+    """Raises ValueError eagerly; in a graph, returns the assertion that will raise InvalidArgumentError.
+
+    Args:
+        status: (B,) int32.
+        worst_allowed: FINE or INFEASIBLE.
+        lines: the batch as the caller gave it.
+        needed: (B,) int32 frames that each label needs.
+    """
+    if not tf.executing_eagerly():
+        lengths = ["label_length:", lines.label_length, "required frames:", needed, "logit_length:", lines.logit_length]
+        return [
+            tf.debugging.Assert(tf.reduce_all(status != problem), [message, *lengths], summarize=20)
+            for problem, message in enumerate(_PROBLEMS)
+            if problem > worst_allowed
+        ]
+    worst = status.numpy().max(initial=FINE)
+    if worst > worst_allowed:
+        rows = np.flatnonzero(status.numpy() == worst)
+        rows_in_words = "; ".join(
+            f"row {row} has {lines.label_length[row]} labels that need {needed[row]} frames, "
+            f"and {lines.logit_length[row]} frames"
+            for row in rows[:_ROWS_NAMED]
+        )
+        raise ValueError(f"{_PROBLEMS[worst]} {len(rows)} of {len(status)} rows: {rows_in_words}.")
+    return []
+
+
+def label_with_blanks(labels: tf.Tensor, blank: int | tf.Tensor) -> tf.Tensor:
+    """The label l' of Graves 2006, (B, 2 N + 1): a blank before, between and behind the labels."""
+    batch, width = tf.shape(labels)[0], tf.shape(labels)[1]
+    pairs = tf.stack([tf.fill([batch, width], blank), labels], axis=2)
+    return tf.pad(tf.reshape(pairs, [batch, 2 * width]), [[0, 0], [0, 1]], constant_values=blank)
