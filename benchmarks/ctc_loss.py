@@ -1,8 +1,11 @@
-"""Time and error of our CTC loss beside others on the same data: `python benchmarks/ctc_loss.py`.
+"""Time, error and memory of our CTC loss beside others on the same data: `python benchmarks/ctc_loss.py`.
 
-Needs the project's own dependencies; PyTorch and optax join where they are installed. Each figure is the median time of
-a loss with its gradient in float32. The losses take turns, so that a busy machine slows them all. "error" is the
-largest absolute error of a gradient against a float64 recursion in logarithms.
+Needs the project's own dependencies. PyTorch, optax and tf-seq2seq-losses join where they are installed:
+`pip install -r benchmarks/requirements.lock` brings them. A figure is the median time of a loss with its gradient in
+float32, ending as a NumPy array. The losses take turns, so that a busy machine slows them all, and each may use all
+cores. "error" is the largest absolute error of a gradient against a float64 recursion in logarithms, "memory" the
+growth of a process's peak by a loss of 16 lines of 1,024 frames, 100 classes and 200 labels, whose logits and gradient
+are 6 MiB each. The last table shows how our time grows with the size of the batch.
 """
 
 import os
@@ -11,7 +14,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import argparse
 import importlib.util
+import resource
 import statistics
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -20,6 +26,12 @@ import tensorflow as tf
 from htr_pipeline.core.ctc.loss import ctc_loss
 
 SHAPES = [(32, 128, 80, 32), (16, 256, 100, 80), (64, 64, 80, 20), (8, 512, 200, 120)]  # B, T, K, N
+MEMORY_SHAPE = (16, 1024, 100, 200)
+GROWTH = [
+    *[(4, frames, 80, 30) for frames in (128, 256, 512, 1024, 2048)],
+    *[(lines, 128, 80, 30) for lines in (16, 64, 256)],
+    *[(4, 128, classes, 30) for classes in (1_000, 10_000)],
+]
 
 
 def reference_gradient(labels, logits):
@@ -49,46 +61,40 @@ def reference_gradient(labels, logits):
     return np.exp(log_probs) - np.einsum("bts,bsk->btk", posterior, np.eye(num_classes)[states])
 
 
-def tensorflow_step(loss):
-    @tf.function
+def tensorflow_step(loss, labels, logits, **options):
+    """A loss of (labels, logits, label_length, logit_length) and its gradient."""
+
+    @tf.function(**options)
     def step(logits):
         with tf.GradientTape() as tape:
             tape.watch(logits)
-            losses = loss(logits)
+            losses = loss(labels, logits, label_length, logit_length)
         return tape.gradient(losses, logits)
 
-    return step
+    label_length, logit_length = tf.fill([len(labels)], labels.shape[1]), tf.fill([len(labels)], logits.shape[1])
+    labels, logits = tf.constant(labels), tf.constant(logits)
+    return lambda: step(logits).numpy()
 
 
-def contestants(labels, logits):
-    """Name -> function without arguments that returns the gradient as an array."""
-    batch, num_frames, _ = logits.shape
-    num_labels = labels.shape[1]
-    label_length, logit_length = tf.fill([batch], num_labels), tf.fill([batch], num_frames)
-    dense, x = tf.constant(labels), tf.constant(logits)
-    sparse = tf.sparse.from_dense(dense + 1)  # from_dense drops zeros, and class 0 is a label
-    sparse = sparse.with_values(sparse.values - 1)
-    options = {"logit_length": logit_length, "blank_index": -1, "logits_time_major": False}
+def tf_dense(labels, logits, label_length, logit_length):
+    return tf.nn.ctc_loss(labels, logits, label_length, logit_length, logits_time_major=False, blank_index=-1)
 
-    ours = tensorflow_step(lambda x: ctc_loss(dense, x, label_length, logit_length))
-    tf_dense = tensorflow_step(lambda x: tf.nn.ctc_loss(dense, x, label_length, **options))
-    tf_sparse = tensorflow_step(lambda x: tf.nn.ctc_loss(sparse, x, None, **options))
-    found = {
-        "ours": lambda: ours(x).numpy(),
-        "tf dense": lambda: tf_dense(x).numpy(),
-        "tf sparse": lambda: tf_sparse(x).numpy(),
-    }
-    if importlib.util.find_spec("torch"):
-        found["torch"] = torch_step(labels, logits)
-    if importlib.util.find_spec("optax"):
-        found["optax"] = optax_step(labels, logits)
-    return found
+
+def tf_sparse(labels, logits, _, logit_length):
+    labels = tf.sparse.from_dense(labels + 1)  # from_dense drops zeros, and class 0 is a label
+    labels = labels.with_values(labels.values - 1)
+    return tf.nn.ctc_loss(labels, logits, None, logit_length, logits_time_major=False, blank_index=-1)
+
+
+def seq2seq(labels, logits, label_length, logit_length):
+    return tf_seq2seq_losses.classic_ctc_loss(
+        labels, logits, label_length, logit_length, blank_index=logits.shape[2] - 1
+    )
 
 
 def torch_step(labels, logits):
     import torch
 
-    torch.set_num_threads(2)
     batch, num_frames, num_classes = logits.shape
     targets, x = torch.tensor(labels, dtype=torch.long), torch.tensor(logits, requires_grad=True)
     lengths = torch.full((batch,), num_frames), torch.full((batch,), labels.shape[1])
@@ -115,29 +121,96 @@ def optax_step(labels, logits):
     return lambda: np.asarray(gradient(x))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="how often each loss is computed")
-    repeats = parser.parse_args().repeats
-    print("| B, T, K, N | loss | ms | ours is faster by | error |\n| --- | --- | --- | --- | --- |")
+# Name -> function of labels (B, N) and logits (B, T, K) that returns a function that computes the gradient.
+LOSSES = {
+    "ours": lambda labels, logits: tensorflow_step(ctc_loss, labels, logits),
+    "ours, jit_compile=True": lambda labels, logits: tensorflow_step(ctc_loss, labels, logits, jit_compile=True),
+    "tf dense": lambda labels, logits: tensorflow_step(tf_dense, labels, logits),
+    "tf dense, jit_compile=True": lambda labels, logits: tensorflow_step(tf_dense, labels, logits, jit_compile=True),
+    "tf sparse (C++)": lambda labels, logits: tensorflow_step(tf_sparse, labels, logits),
+}
+if importlib.util.find_spec("torch"):
+    LOSSES["torch"] = torch_step
+if importlib.util.find_spec("optax"):
+    LOSSES["optax, jit"] = optax_step
+if importlib.util.find_spec("tf_seq2seq_losses"):
+    import tf_seq2seq_losses  # inside a tf.function it would leave tensors of that graph behind
+
+    LOSSES["tf-seq2seq-losses"] = lambda labels, logits: tensorflow_step(seq2seq, labels, logits)
+
+
+def lines(shape):
+    """Labels (B, N) and logits (B, T, K), blank last."""
+    batch, num_frames, num_classes, num_labels = shape
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(batch, num_frames, num_classes)).astype(np.float32)
+    return random.integers(0, num_classes - 1, (batch, num_labels)).astype(np.int32), logits
+
+
+def median_milliseconds(steps, repeats):
+    """Name -> median time of each step, the steps taking turns."""
+    seconds = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
+
+
+def compare(repeats):
+    print("| B, T, K, N | loss | ms | ours is faster by | error |\n| --- | --- | ---: | ---: | ---: |")
     for shape in SHAPES:
-        batch, num_frames, num_classes, num_labels = shape
-        random = np.random.default_rng(0)
-        logits = random.normal(size=(batch, num_frames, num_classes)).astype(np.float32)
-        labels = random.integers(0, num_classes - 1, (batch, num_labels)).astype(np.int32)
-        steps = contestants(labels, logits)
+        labels, logits = lines(shape)
+        steps = {name: make(labels, logits) for name, make in LOSSES.items()}
         expected = reference_gradient(labels, logits)
         errors = {name: abs(step() - expected).max() for name, step in steps.items()}
-        seconds = {name: [] for name in steps}
-        for _ in range(repeats):
-            for name, step in steps.items():
-                start = time.perf_counter()
-                step()
-                seconds[name].append(time.perf_counter() - start)
-        medians = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
+        medians = median_milliseconds(steps, repeats)
         for name, milliseconds in medians.items():
             ratio = milliseconds / medians["ours"]
             print(f"| {shape} | {name} | {milliseconds:.2f} | {ratio:.1f} x | {errors[name]:.0e} |", flush=True)
+
+
+def peak_mebibytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+
+
+def memory_of(name):
+    """Growth of this process's peak by one loss, after a small one has loaded and compiled what can be."""
+    LOSSES[name](*lines((2, 8, 5, 2)))()
+    labels, logits = lines(MEMORY_SHAPE)
+    before = peak_mebibytes()
+    LOSSES[name](labels, logits)()
+    print(peak_mebibytes() - before)
+
+
+def compare_memory():
+    print("\n| loss | memory, MiB |\n| --- | ---: |")
+    for name in LOSSES:
+        command = [sys.executable, __file__, "--memory-of", name]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+        print(f"| {name} | {float(found):.0f} |", flush=True)
+
+
+def growth(repeats):
+    print("\n| B, T, K, N | ours, ms |\n| --- | ---: |")
+    for shape in GROWTH:
+        step = LOSSES["ours"](*lines(shape))
+        step()
+        print(f"| {shape} | {median_milliseconds({'ours': step}, repeats)['ours']:.2f} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15, help="how often each loss is computed")
+    parser.add_argument("--memory-of", choices=LOSSES, help="only print what this loss adds to the peak, in MiB")
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        memory_of(arguments.memory_of)
+    else:
+        compare(arguments.repeats)
+        compare_memory()
+        growth(arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,9 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from htr_pipeline.core.ctc.inputs import (
-    FINE,
-    INFEASIBLE,
-    Rows,
-    checked_rows,
-    label_with_blanks,
-    raise_problems,
-    read_lines,
-)  # fmt: skip
+from htr_pipeline.core.ctc.inputs import Rows, checked_rows, label_with_blanks, read_lines, report
 from htr_pipeline.core.ctc.loss import ctc_loss
+from htr_pipeline.core.ctc.problems import FINE, INFEASIBLE
 
 
 class Alignment(NamedTuple):
@@ -76,11 +69,11 @@ def forced_align(
     if infeasible not in ("inf", "raise"):
         raise ValueError(f"infeasible={infeasible!r}: expected 'inf' or 'raise'.")
     lines = read_lines(labels, logits, label_length, logit_length, blank_index, logits_time_major)
-    rows = checked_rows(lines, blank_index, logits_time_major, merge=ctc_merge_repeated)
+    rows = checked_rows(lines, blank_index, logits_time_major, collapse=False)
     alignment = _viterbi(rows, lines.logits, blank_index, logits_time_major, ctc_merge_repeated)
     status = tf.where((rows.status == FINE) & (alignment.score == -math.inf), INFEASIBLE, rows.status)
     worst_allowed = FINE if infeasible == "raise" else INFEASIBLE
-    with tf.control_dependencies(raise_problems(status, worst_allowed, lines, rows.needed)):
+    with tf.control_dependencies(report(status, worst_allowed, lines, logits_time_major)):
         return Alignment(*map(tf.identity, alignment))
 
 
@@ -144,7 +137,7 @@ def _viterbi(rows: Rows, logits: tf.Tensor, blank_index: int, time_major: bool, 
     logits = tf.stop_gradient(_batch_major(logits, time_major))
     real, frames_given, num_classes = logits.dtype, tf.shape(logits)[1], tf.shape(logits)[2]
     blank = blank_index if blank_index >= 0 else num_classes + blank_index
-    labels, label_length, logit_length, status, _ = rows
+    labels, label_length, logit_length, status = rows
     in_label = tf.sequence_mask(label_length, tf.shape(labels)[1])  # (B, N)
 
     num_frames = tf.maximum(frames_given, 1)  # XLA compiles no loop over nothing

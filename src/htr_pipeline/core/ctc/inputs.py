@@ -1,29 +1,25 @@
 """Labels, logits and lengths as callers give them, brought to one form and checked row by row."""
 
 import functools
-import warnings
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext  # no public function tells it
 
-# What a row was found to be; the compiled part finds it, the caller raises it. The worst problem of a row counts.
-FINE, INFEASIBLE, BLANK_IN_LABEL, CLASS_OUT_OF_RANGE, LABEL_LENGTH, LOGIT_LENGTH = range(6)
-_PROBLEMS = (
-    "",
-    "Too few frames for the label, or a class that it needs has logit -inf: no alignment fits. "
-    "Reject such lines beforehand, or pass infeasible='inf'.",
-    "The blank occurs inside a label: labels hold only other classes. Check blank_index, and that label_length does "
-    "not count padding.",
-    "A label is not a class of the logits: expected 0 <= label < number of classes. Check that label_length does not "
-    "count padding.",
-    "label_length is negative or exceeds the width of labels.",
-    "logit_length is negative or exceeds the number of frames. "
-    "Where time is the first axis of the logits, pass logits_time_major=True.",
-)
-_ROWS_NAMED = 10
-_SUM_TOLERANCE = 1e-2  # of a softmax in half precision
+from htr_pipeline.core.ctc.problems import (
+    BLANK_IN_LABEL,
+    CLASS_OUT_OF_RANGE,
+    FINE,
+    LABEL_LENGTH,
+    LOGIT_LENGTH,
+    raise_problems,
+    warn_if_softmaxed,
+)  # fmt: skip
+
+
+def is_compiled_by_xla() -> bool:
+    """Whether this is called while tracing a tf.function with jit_compile=True."""
+    return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
 class Lines(NamedTuple):
@@ -68,9 +64,7 @@ def read_lines(
     if logit_length is None:
         logit_length = tf.fill([tf.shape(logits)[1 - time_axis]], tf.shape(logits)[time_axis])
     lines = Lines(labels, logits, label_length, _whole_numbers(logit_length, "logit_length"))
-    lines = _with_one_batch_size(lines, time_axis)
-    _warn_if_softmaxed(lines, time_axis)
-    return lines
+    return _with_one_batch_size(lines, time_axis)
 
 
 def dense_labels(labels: Any, label_length: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -131,35 +125,6 @@ def _with_one_batch_size(lines: Lines, time_axis: int) -> Lines:
     return lines
 
 
-def is_compiled_by_xla() -> bool:
-    """Whether this is called while tracing a tf.function with jit_compile=True."""
-    return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
-
-
-def _warn_if_softmaxed(lines: Lines, time_axis: int) -> None:
-    """Warns where the first frames of all lines are probabilities; not inside XLA, which cannot call back."""
-    if lines.logits.shape[2] == 1 or is_compiled_by_xla():
-        return
-    first = tf.cast(lines.logits[:, :1] if time_axis == 1 else lines.logits[:1], tf.float32)
-    is_softmaxed = tf.reduce_all(first >= 0, axis=2) & (abs(tf.reduce_sum(first, axis=2) - 1) < _SUM_TOLERANCE)
-    has_frames = lines.logit_length > 0
-    suspicious = tf.reduce_any(has_frames) & tf.reduce_all(is_softmaxed | ~tf.expand_dims(has_frames, axis=time_axis))
-
-    def warn() -> np.bool_:
-        warnings.warn(
-            "The logits look like probabilities: they are not negative and sum to 1. The CTC loss applies the softmax "
-            "itself; pass what comes before the softmax.",
-            stacklevel=2,
-        )
-        return np.True_
-
-    if tf.executing_eagerly():
-        if suspicious:
-            warn()
-    else:
-        tf.cond(suspicious, lambda: tf.numpy_function(warn, [], tf.bool), lambda: tf.constant(False))
-
-
 class Rows(NamedTuple):
     """Labels and lengths that can be computed with: a wrong row has become an empty one.
 
@@ -168,32 +133,27 @@ class Rows(NamedTuple):
         label_length: (B,) int32.
         logit_length: (B,) int32.
         status: (B,) int32, FINE or what is wrong with the row.
-        needed: (B,) int32 frames that the label needs.
     """
 
     labels: tf.Tensor
     label_length: tf.Tensor
     logit_length: tf.Tensor
     status: tf.Tensor
-    needed: tf.Tensor
 
 
-def checked_rows(
-    lines: Lines, blank_index: int, logits_time_major: bool, collapse: bool = False, merge: bool = True
-) -> Rows:
+def checked_rows(lines: Lines, blank_index: int, time_major: bool, collapse: bool) -> Rows:
     """What can be told of the rows without looking at the logits.
 
     Args:
         lines: the batch.
         blank_index: class of the blank; negative values count from the last class.
-        logits_time_major: whether the logits are (T, B, K).
+        time_major: whether the logits are (T, B, K).
         collapse: make one label of equal neighbours.
-        merge: whether equal neighbours need a blank between them.
     """
     shape = tf.shape(lines.logits)
     return _checked_rows(
         lines.labels, lines.label_length, lines.logit_length,
-        shape[0 if logits_time_major else 1], shape[2], blank_index, collapse, merge,
+        shape[0 if time_major else 1], shape[2], blank_index, collapse,
     )  # fmt: skip
 
 
@@ -206,7 +166,6 @@ def _checked_rows(
     num_classes: tf.Tensor,
     blank_index: int,
     collapse: bool,
-    merge: bool,
 ) -> Rows:
     blank = blank_index if blank_index >= 0 else num_classes + blank_index
     in_label = tf.sequence_mask(label_length, tf.shape(labels)[1])
@@ -221,15 +180,7 @@ def _checked_rows(
     labels = tf.where(in_label & (status == FINE)[:, tf.newaxis], labels, 0)
     if collapse:
         labels, label_length = _collapse_repeated(labels, label_length)
-    needed = frames_needed(labels, label_length) if merge else label_length
-    return Rows(labels, label_length, logit_length, status, needed)
-
-
-def frames_needed(labels: tf.Tensor, label_length: tf.Tensor) -> tf.Tensor:
-    """(B,) int32 length of each label plus one blank between equal neighbours."""
-    pairs = tf.sequence_mask(label_length - 1, tf.maximum(tf.shape(labels)[1] - 1, 0))
-    equal = (labels[:, 1:] == labels[:, :-1]) & pairs
-    return label_length + tf.reduce_sum(tf.cast(equal, tf.int32), axis=1)
+    return Rows(labels, label_length, logit_length, status)
 
 
 def _collapse_repeated(labels: tf.Tensor, label_length: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -240,32 +191,26 @@ def _collapse_repeated(labels: tf.Tensor, label_length: tf.Tensor) -> tuple[tf.T
     return tf.gather(labels, order, batch_dims=1), tf.reduce_sum(tf.cast(kept, tf.int32), axis=1)
 
 
-def raise_problems(status: tf.Tensor, worst_allowed: int, lines: Lines, needed: tf.Tensor) -> list[tf.Operation]:
-    """Raises ValueError eagerly; in a graph, returns the assertion that will raise InvalidArgumentError.
+def report(status: tf.Tensor, worst_allowed: int, lines: Lines, logits_time_major: bool) -> list[tf.Operation]:
+    """Raises and warns as problems.py does, in a graph when it runs; not inside XLA, which cannot call back.
 
-    Args:
-        status: (B,) int32.
-        worst_allowed: FINE or INFEASIBLE.
-        lines: the batch as the caller gave it.
-        needed: (B,) int32 frames that each label needs.
+    Returns:
+        What must run before a result is used.
     """
-    if not tf.executing_eagerly():
-        lengths = ["label_length:", lines.label_length, "required frames:", needed, "logit_length:", lines.logit_length]
-        return [
-            tf.debugging.Assert(tf.reduce_all(status != problem), [message, *lengths], summarize=20)
-            for problem, message in enumerate(_PROBLEMS)
-            if problem > worst_allowed
-        ]
-    worst = status.numpy().max(initial=FINE)
-    if worst > worst_allowed:
-        rows = np.flatnonzero(status.numpy() == worst)
-        rows_in_words = "; ".join(
-            f"row {row} has {lines.label_length[row]} labels that need {needed[row]} frames, "
-            f"and {lines.logit_length[row]} frames"
-            for row in rows[:_ROWS_NAMED]
-        )
-        raise ValueError(f"{_PROBLEMS[worst]} {len(rows)} of {len(status)} rows: {rows_in_words}.")
-    return []
+    if is_compiled_by_xla():
+        return []
+    first_frames = lines.logits[:1] if logits_time_major else tf.transpose(lines.logits[:, :1], [1, 0, 2])
+
+    def look(status: Any, first_frames: Any, labels: Any, label_length: Any, logit_length: Any) -> None:
+        raise_problems(status, worst_allowed, labels, label_length, logit_length)
+        if len(first_frames):
+            warn_if_softmaxed(first_frames[0], logit_length)
+
+    arguments = [status, tf.cast(first_frames, tf.float32), lines.labels, lines.label_length, lines.logit_length]
+    if tf.executing_eagerly():
+        look(*(tensor.numpy() for tensor in arguments))
+        return []
+    return [tf.numpy_function(look, arguments, [])]
 
 
 def label_with_blanks(labels: tf.Tensor, blank: int | tf.Tensor) -> tf.Tensor:

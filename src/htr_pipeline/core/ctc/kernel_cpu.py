@@ -15,7 +15,15 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-from htr_pipeline.core.ctc.threads import thread_pool
+from htr_pipeline.core.ctc.problems import (
+    BLANK_IN_LABEL,
+    CLASS_OUT_OF_RANGE,
+    FINE,
+    INFEASIBLE,
+    LABEL_LENGTH,
+    LOGIT_LENGTH,
+)  # fmt: skip
+from htr_pipeline.core.ctc.threads import num_cores, thread_pool
 
 _NEVER = -1e200  # the power of two of an impossible path
 _FORBIDDEN_BELOW = -1e100  # a class that far below the best of its frame has probability 0
@@ -248,20 +256,58 @@ def _line(logits, first_row, row_step, num_frames, labels, blank_index, merge, g
 
 
 @_compiled
-def _lines(logits, time_major, labels, label_length, logit_length, blank_index, merge, gradient, loss, first, step):
+def _status(labels, label_length, logit_length, num_frames, num_classes, blank_index):
+    """What is wrong with a row, as far as it can be told without its logits."""
+    if not 0 <= logit_length <= num_frames:
+        return LOGIT_LENGTH
+    if not 0 <= label_length <= len(labels):
+        return LABEL_LENGTH
+    status = FINE
+    for n in range(label_length):
+        if not 0 <= labels[n] < num_classes:
+            return CLASS_OUT_OF_RANGE
+        if labels[n] == blank_index:
+            status = BLANK_IN_LABEL
+    return status
+
+
+@_compiled
+def _without_repeats(labels, collapsed):
+    """Writes one label for each run of equal ones; returns how many there are."""
+    length = 0
+    for n in range(len(labels)):
+        if n == 0 or labels[n] != labels[n - 1]:
+            collapsed[length] = labels[n]
+            length += 1
+    return length
+
+
+@_compiled
+def _lines(
+    logits, time_major, labels, label_length, logit_length, blank_index, collapse, merge,
+    loss, gradient, status, first, step,
+):  # fmt: skip
     """The lines first, first + step, ... of a batch; logits and gradient are (B T, K), or (T B, K) if time_major."""
     batch, width = labels.shape
     num_frames = len(logits) // batch
     a, a_power = np.empty((num_frames + 1, width + 1)), np.empty((num_frames + 1, width + 1))
     y, y_power = np.empty((num_frames, width)), np.empty((num_frames, width))
-    for line in range(first, batch, step):
-        length, row, row_step = logit_length[line], line * num_frames, 1
-        if time_major:
-            row, row_step = line, batch
-        loss[line] = _line(
-            logits, row, row_step, length, labels[line, : label_length[line]], blank_index, merge,
-            gradient, a, a_power, y, y_power,
-        )  # fmt: skip
+    collapsed = np.empty(width, labels.dtype)
+    for i in range(first, batch, step):
+        row, row_step = (i, batch) if time_major else (i * num_frames, 1)
+        length = 0
+        status[i] = _status(labels[i], label_length[i], logit_length[i], num_frames, logits.shape[1], blank_index)
+        if status[i] == FINE:
+            length, label = logit_length[i], labels[i, : label_length[i]]
+            if collapse:
+                label = collapsed[: _without_repeats(label, collapsed)]
+            loss[i] = _line(
+                logits, row, row_step, length, label, blank_index, merge, gradient, a, a_power, y, y_power
+            )  # fmt: skip
+            if loss[i] == np.inf:
+                status[i] = INFEASIBLE
+        else:
+            loss[i] = np.nan
         for t in range(length, num_frames):
             gradient[row + t * row_step, :] = 0.0
 
@@ -274,37 +320,37 @@ def loss_and_gradient(
     *,
     blank_index: int,
     time_major: bool,
+    collapse: bool,
     merge: bool,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Loss of each line and its gradient, the lines spread over the cores; the result does not depend on their number.
 
     Args:
-        labels: (B, N) int32 without blanks or classes out of range within label_length.
+        labels: (B, N) int32.
         logits: (B, T, K) float32 or float64, or (T, B, K) if time_major.
-        label_length: (B,) int32, 0..N.
-        logit_length: (B,) int32, 0..T.
+        label_length: (B,) int32.
+        logit_length: (B,) int32.
         blank_index: class of the blank; negative values count from the last class.
         time_major: see logits.
+        collapse: preprocess_collapse_repeated.
         merge: ctc_merge_repeated.
 
     Returns:
-        (B,) losses, inf where no alignment fits, NaN where a frame holds NaN; their gradient in the shape of logits.
-        Both in the dtype of logits.
+        (B,) losses, inf where no alignment fits, NaN where a frame holds NaN or the row is wrong; their gradient in the
+        shape of logits, 0 for infeasible and wrong rows; both in the dtype of logits. (B,) int32 status of each row.
     """
     batch = len(labels)
-    gradient = np.empty(logits.shape, logits.dtype)
-    loss = np.empty(batch, logits.dtype)
+    loss, gradient, status = np.empty(batch, logits.dtype), np.empty_like(logits), np.empty(batch, np.int32)
     if not batch:
-        return loss, gradient
+        return loss, gradient, status
     flat = (-1, logits.shape[2])
     compute = functools.partial(
-        _lines, np.ascontiguousarray(logits).reshape(flat), time_major, labels, label_length, logit_length,
-        blank_index % logits.shape[2], merge, gradient.reshape(flat), loss,
+        _lines, logits.reshape(flat), time_major, labels, label_length, logit_length,
+        blank_index % logits.shape[2], collapse, merge, loss, gradient.reshape(flat), status,
     )  # fmt: skip
-    num_threads = min(batch, thread_pool()._max_workers)
-    if num_threads == 1:
-        compute(0, 1)
-    else:
-        for done in [thread_pool().submit(compute, first, num_threads) for first in range(num_threads)]:
-            done.result()
-    return loss, gradient
+    num_threads = min(batch, num_cores())
+    others = [thread_pool().submit(compute, first, num_threads) for first in range(1, num_threads)]
+    compute(0, num_threads)
+    for other in others:
+        other.result()
+    return loss, gradient, status

@@ -6,23 +6,21 @@ that XLA compiles. docs/ctc.md explains the algorithm and gives figures.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from htr_pipeline.core.ctc import kernel_cpu, kernel_xla
 from htr_pipeline.core.ctc.inputs import (
-    FINE,
-    INFEASIBLE,
-    Rows,
+    Lines,
     checked_rows,
     dense_labels,
-    frames_needed,
     is_compiled_by_xla,
-    raise_problems,
     read_lines,
+    report,
 )  # fmt: skip
+from htr_pipeline.core.ctc.problems import FINE, INFEASIBLE, raise_problems, warn_if_softmaxed
 
 
 @tf.autograph.experimental.do_not_convert
@@ -75,21 +73,14 @@ def ctc_loss(
     if infeasible not in ("inf", "zero", "raise"):
         raise ValueError(f"infeasible={infeasible!r}: expected 'inf', 'zero' or 'raise'.")
     lines = read_lines(labels, logits, label_length, logit_length, blank_index, logits_time_major)
-    rows = checked_rows(
-        lines, blank_index, logits_time_major, collapse=preprocess_collapse_repeated, merge=ctc_merge_repeated
-    )
-    layout = {"blank_index": blank_index, "time_major": logits_time_major, "merge": ctc_merge_repeated}
+    options = _Options(blank_index, logits_time_major, preprocess_collapse_repeated, ctc_merge_repeated)
     time_axis = 0 if logits_time_major else 1
 
     @tf.custom_gradient
     def loss_of(logits: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        loss, gradient = _loss_and_gradient(rows, tf.stop_gradient(logits), layout)
-        status = tf.where((rows.status == FINE) & (loss == math.inf), INFEASIBLE, rows.status)
-        worst_allowed = FINE if infeasible == "raise" else INFEASIBLE
-        with tf.control_dependencies(raise_problems(status, worst_allowed, lines, rows.needed)):
-            infinite = tf.constant(0.0 if infeasible == "zero" else math.inf, loss.dtype)
-            loss = tf.where(status == INFEASIBLE, infinite, loss)
-            loss = tf.where(status > INFEASIBLE, tf.constant(math.nan, loss.dtype), loss)
+        loss, gradient, status = _loss_and_gradient(lines, options, FINE if infeasible == "raise" else INFEASIBLE)
+        if infeasible == "zero":
+            loss = tf.where(status == INFEASIBLE, tf.zeros_like(loss), loss)
 
         @tf.custom_gradient
         def weighted_gradient(upstream: tf.Tensor, logits: tf.Tensor) -> tuple[tf.Tensor, Any]:
@@ -98,7 +89,7 @@ def ctc_loss(
             weight = tf.expand_dims(weight[:, tf.newaxis], axis=time_axis)
 
             def second_derivative(direction: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-                product = _hessian_vector_product(rows, logits, direction, layout)
+                product = _hessian_vector_product(lines._replace(logits=logits), direction, options)
                 along = tf.reduce_sum(gradient * tf.cast(direction, gradient.dtype), axis=[time_axis, 2])
                 return along, tf.cast(tf.math.multiply_no_nan(product, weight), logits.dtype)
 
@@ -109,18 +100,6 @@ def ctc_loss(
     return loss_of(lines.logits)
 
 
-def _hessian_vector_product(rows: Rows, logits: tf.Tensor, direction: tf.Tensor, layout: dict[str, Any]) -> tf.Tensor:
-    @tf.custom_gradient
-    def product_of(logits: tf.Tensor, direction: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        def third_derivative(*_: tf.Tensor) -> None:
-            raise LookupError("ctc_loss has no third derivative: its gradient can be differentiated once.")
-
-        logits, direction = tf.stop_gradient(logits), tf.stop_gradient(direction)
-        return kernel_xla.hessian_vector_product(rows, logits, direction, **layout), third_derivative
-
-    return product_of(logits, direction)
-
-
 def required_frames(labels: Any, label_length: Any = None) -> tf.Tensor:
     """(B,) int32 fewest frames that can hold each label: its length plus one blank between equal neighbours.
 
@@ -128,21 +107,64 @@ def required_frames(labels: Any, label_length: Any = None) -> tf.Tensor:
         labels: as for ctc_loss.
         label_length: as for ctc_loss.
     """
-    return frames_needed(*dense_labels(labels, label_length))
+    labels, label_length = dense_labels(labels, label_length)
+    pairs = tf.sequence_mask(label_length - 1, tf.maximum(tf.shape(labels)[1] - 1, 0))
+    equal = (labels[:, 1:] == labels[:, :-1]) & pairs
+    return label_length + tf.reduce_sum(tf.cast(equal, tf.int32), axis=1)
 
 
-def _loss_and_gradient(rows: Rows, logits: tf.Tensor, layout: dict[str, Any]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Loss and gradient of the kernel that is the faster one here."""
-    if is_compiled_by_xla() or any(device.device_type != "CPU" for device in tf.config.list_logical_devices()):
-        return kernel_xla.loss_and_gradient(rows, logits, **layout)
-    real = tf.float64 if logits.dtype == tf.float64 else tf.float32
-    arguments = [rows.labels, tf.cast(logits, real), rows.label_length, rows.logit_length]
+class _Options(NamedTuple):
+    blank_index: int
+    time_major: bool
+    collapse: bool
+    merge: bool
 
-    def compute(*arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return kernel_cpu.loss_and_gradient(*arrays, **layout)
 
+def _loss_and_gradient(lines: Lines, options: _Options, worst_allowed: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Loss, gradient and status of each row from the kernel that is the faster one here, after raising problems."""
+    if _needs_xla():
+        rows = checked_rows(lines, options.blank_index, options.time_major, options.collapse)
+        loss, gradient = kernel_xla.loss_and_gradient(
+            rows, tf.stop_gradient(lines.logits), options.blank_index, options.time_major, options.merge
+        )
+        status = tf.where((rows.status == FINE) & (loss == math.inf), INFEASIBLE, rows.status)
+        with tf.control_dependencies(report(status, worst_allowed, lines, options.time_major)):
+            loss = tf.where(status > INFEASIBLE, tf.constant(math.nan, loss.dtype), loss)
+            return loss, gradient, status
+
+    def compute(labels: Any, logits: Any, label_length: Any, logit_length: Any) -> tuple[np.ndarray, ...]:
+        found = kernel_cpu.loss_and_gradient(labels, logits, label_length, logit_length, **options._asdict())
+        raise_problems(found[2], worst_allowed, labels, label_length, logit_length)
+        if logits.size:
+            warn_if_softmaxed(logits[0] if options.time_major else logits[:, 0], logit_length)
+        return found
+
+    real = tf.float64 if lines.logits.dtype == tf.float64 else tf.float32
+    arguments = lines._replace(logits=tf.cast(lines.logits, real))
     if tf.executing_eagerly():
-        loss, gradient = map(tf.convert_to_tensor, compute(*(tensor.numpy() for tensor in arguments)))
+        loss, gradient, status = map(tf.convert_to_tensor, compute(*(tensor.numpy() for tensor in arguments)))
     else:
-        loss, gradient = tf.numpy_function(compute, arguments, [real, real], stateful=False)
-    return tf.ensure_shape(loss, rows.label_length.shape), tf.ensure_shape(gradient, logits.shape)
+        loss, gradient, status = tf.numpy_function(compute, arguments, [real, real, tf.int32], stateful=False)
+    batch = lines.label_length.shape
+    return tf.ensure_shape(loss, batch), tf.ensure_shape(gradient, lines.logits.shape), tf.ensure_shape(status, batch)
+
+
+def _needs_xla() -> bool:
+    """In a caller that XLA compiles nothing can call back to the CPU, and with a GPU nothing should."""
+    return is_compiled_by_xla() or any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
+
+
+def _hessian_vector_product(lines: Lines, direction: tf.Tensor, options: _Options) -> tf.Tensor:
+    @tf.custom_gradient
+    def product_of(logits: tf.Tensor, direction: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        def third_derivative(*_: tf.Tensor) -> None:
+            raise LookupError("ctc_loss has no third derivative: its gradient can be differentiated once.")
+
+        logits, direction = tf.stop_gradient(logits), tf.stop_gradient(direction)
+        rows = checked_rows(lines, options.blank_index, options.time_major, options.collapse)
+        product = kernel_xla.hessian_vector_product(
+            rows, logits, direction, options.blank_index, options.time_major, options.merge
+        )
+        return product, third_derivative
+
+    return product_of(lines.logits, direction)
