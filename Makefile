@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LOCK_OPTIONS := --universal --python-version 3.11 --upgrade --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 export DO_NOT_TRACK = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -46,9 +47,9 @@ ui: $(INSTALLED) ## MLflow's pages on http://127.0.0.1:5000: runs, models, repor
 viz: $(INSTALLED) ## the pipelines drawn by kedro-viz on http://127.0.0.1:4141
 	$(BIN)/kedro viz run --host 127.0.0.1 --port 4141
 
-lock: $(INSTALLED) ## resolve the newest releases into requirements.lock
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade \
-		--no-header --no-annotate --no-emit-index-url --no-emit-find-links -o requirements.lock
+lock: $(INSTALLED) ## resolve the newest releases into the lock files
+	$(BIN)/uv pip compile pyproject.toml --all-extras $(LOCK_OPTIONS) -o requirements.lock
+	$(BIN)/uv pip compile benchmarks/requirements.in -c requirements.lock $(LOCK_OPTIONS) -o benchmarks/requirements.lock
 
 clean: ## remove results, runs and models (not the sources)
 	rm -rf data/0* data/.mlflow_run.json mlflow.db mlartifacts

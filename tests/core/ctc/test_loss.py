@@ -362,6 +362,36 @@ def test_unknown_sizes_need_one_trace():
     assert len(traces) == 1
 
 
+def test_runs_in_a_graph_and_session_of_tensorflow_1():
+    rng = np.random.default_rng(6)
+    labels, logits, label_length, logit_length = random_lines(rng, 5, 9, 5, 4, -1, 2.0)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        placed = tf.compat.v1.placeholder(tf.float32, [None, None, 5])
+        sparse = tf.RaggedTensor.from_tensor(tf.constant(labels), lengths=tf.constant(label_length)).to_sparse()
+        loss = ctc_loss(sparse, placed, logit_length=tf.constant(logit_length))
+        found = session.run([loss, tf.gradients(loss, placed)[0]], {placed: logits})
+    for values, expected in zip(
+        found, loss_and_gradient(labels, logits.astype("float32"), label_length, logit_length), strict=True
+    ):
+        np.testing.assert_array_equal(values, expected)
+
+
+def test_unknown_sizes_are_checked_when_they_are_known():
+    unknown = [tf.TensorSpec(shape, dtype) for shape, dtype in [([None, None], tf.int32), ([None] * 3, tf.float32)]]
+    signature = [*unknown, tf.TensorSpec([None], tf.int32)]
+    graph = tf.function(lambda *a: ctc_loss(*a), input_signature=signature)
+    compiled = tf.function(lambda *a: ctc_loss(*a), input_signature=signature, jit_compile=True)
+    arguments = [[0, 1, 0]], np.zeros((2, 6, 5), "float32"), [3]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"Batch sizes differ: labels 1, .* logits 2"):
+        graph(*arguments)
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
+        compiled(*arguments)
+    for blank_index in (5, -6):
+        graph = tf.function(lambda *a, blank=blank_index: ctc_loss(*a, blank_index=blank), input_signature=signature)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="blank_index is not a class"):
+            graph([[0, 1, 0]], np.zeros((1, 6, 5), "float32"), [3])
+
+
 def test_trains_a_network_inside_an_ordinary_tf_function():
     rng = np.random.default_rng(0)
     images = tf.constant(rng.normal(size=(4, 12, 6)), tf.float32)
@@ -451,7 +481,7 @@ def test_wrong_values_are_named_eagerly_and_in_a_graph_and_nan_when_compiled(
         (([[0]], np.zeros((1, 2, 3), "float32"), [1, 1]), {}, "label_length 2"),
         (([[0]], np.zeros((1, 2, 3), "float32"), [1]), {"blank_index": 3}, "the logits have 3 classes"),
         (([[0]], np.zeros((1, 2, 3), "float32"), [1]), {"infeasible": "nan"}, "expected 'inf', 'zero' or 'raise'"),
-        (([0, 1], np.zeros((1, 2, 3), "float32"), [1]), {}, "must number sum"),
+        (([0, 1], np.zeros((1, 2, 3), "float32"), [1]), {}, "Concatenated labels are 2, label_length adds up to 1"),
         ((tf.ragged.constant([[0]]), np.zeros((1, 2, 3), "float32"), [1]), {}, "carry their own"),
     ],
 )
@@ -529,6 +559,38 @@ def test_second_derivative_of_a_long_line_and_no_third():
         product, _ = hessian_vector_product(*arguments, *lengths)
     with pytest.raises(LookupError, match="no third derivative"):
         tape.gradient(product, arguments[1])
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_nearly_certain_lines_keep_the_digits_of_a_small_loss(run, dtype):
+    # One line of 8 frames for each height of the right class over the 3 others; losses from 1 down to 1e-12.
+    heights = np.arange(1.0, 31.0)
+    path = np.array([3, 0, 0, 3, 1, 1, 2, 3])
+    logits = (heights[:, np.newaxis, np.newaxis] * np.eye(4)[path]).astype(dtype)
+    labels = np.tile([[0, 1, 2]], (30, 1))
+    loss, _ = loss_and_gradient(labels, logits, [3] * 30, run=run)
+    # Of the paths, those that read otherwise: counted, with their probability, so that nothing is taken from 1.
+    paths, readings = all_paths(8, 4, 3, True)
+    others = np.ones(len(paths), bool)
+    others[readings[0, 1, 2]] = False
+    for row, height in enumerate(heights):
+        hits = (paths == path).sum(axis=1)
+        scores = height * hits - 8 * (height + np.log1p(3 * np.exp(-height)))
+        expected = -np.log1p(-np.exp(scores[others]).sum())
+        assert loss[row] == pytest.approx(expected, rel=2e-6 if dtype == "float32" else 1e-10, abs=5e-15)
+
+
+@KERNELS
+@pytest.mark.parametrize("mask", [1e9, 1e15, 1e30, 3e38])
+def test_a_needed_class_may_be_masked_with_any_finite_number(run, mask):
+    logits = np.zeros((1, 4, 3), "float32")
+    logits[..., 1] = -mask
+    loss, gradient = loss_and_gradient([[1]], logits, [1], blank_index=0, run=run)
+    assert loss[0] == pytest.approx(mask, rel=1e-6)
+    if mask <= 1e15:  # beyond, a sum of logits has no digit left that could tell one path from another
+        np.testing.assert_allclose(gradient[0], [[-1 / 4, -1 / 4, 1 / 2]] * 4, atol=1e-6)
+    assert np.isfinite(gradient).all()
 
 
 def test_weights_of_zero_and_infinite_losses_leave_no_nan():

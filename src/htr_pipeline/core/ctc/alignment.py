@@ -2,11 +2,12 @@
 
 import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from htr_pipeline.core.ctc.inputs import Rows, checked_rows, label_with_blanks, read_lines, report
+from htr_pipeline.core.ctc.inputs import Lines, checked_rows, label_with_blanks, read_lines, report
 from htr_pipeline.core.ctc.loss import ctc_loss
 from htr_pipeline.core.ctc.problems import FINE, INFEASIBLE
 
@@ -66,14 +67,13 @@ def forced_align(
 
     Source: label_scores as in torchaudio.functional.merge_tokens.
     """
+    blank_index = operator.index(blank_index)
     if infeasible not in ("inf", "raise"):
         raise ValueError(f"infeasible={infeasible!r}: expected 'inf' or 'raise'.")
     lines = read_lines(labels, logits, label_length, logit_length, blank_index, logits_time_major)
-    rows = checked_rows(lines, blank_index, logits_time_major, collapse=False)
-    alignment = _viterbi(rows, lines.logits, blank_index, logits_time_major, ctc_merge_repeated)
-    status = tf.where((rows.status == FINE) & (alignment.score == -math.inf), INFEASIBLE, rows.status)
+    alignment, status = _viterbi(lines, blank_index, logits_time_major, ctc_merge_repeated)
     worst_allowed = FINE if infeasible == "raise" else INFEASIBLE
-    with tf.control_dependencies(report(status, worst_allowed, lines, logits_time_major)):
+    with tf.control_dependencies(report(status, worst_allowed, lines, logits_time_major, False, ctc_merge_repeated)):
         return Alignment(*map(tf.identity, alignment))
 
 
@@ -132,9 +132,10 @@ def _batch_major(logits: tf.Tensor, time_major: bool) -> tf.Tensor:
 
 
 @functools.partial(tf.function, jit_compile=True, autograph=False, reduce_retracing=True)
-def _viterbi(rows: Rows, logits: tf.Tensor, blank_index: int, time_major: bool, merge: bool) -> Alignment:
-    """What forced_align returns."""
-    logits = tf.stop_gradient(_batch_major(logits, time_major))
+def _viterbi(lines: Lines, blank_index: int, time_major: bool, merge: bool) -> tuple[Alignment, tf.Tensor]:
+    """What forced_align returns, and the (B,) status of each row."""
+    rows = checked_rows(lines, blank_index, time_major, collapse=False)
+    logits = tf.stop_gradient(_batch_major(lines.logits, time_major))
     real, frames_given, num_classes = logits.dtype, tf.shape(logits)[1], tf.shape(logits)[2]
     blank = blank_index if blank_index >= 0 else num_classes + blank_index
     labels, label_length, logit_length, status = rows
@@ -158,7 +159,7 @@ def _viterbi(rows: Rows, logits: tf.Tensor, blank_index: int, time_major: bool, 
     frame_scores = tf.where(in_line, tf.cast(frame_scores, tf.float64) - log_sums, 0.0)  # (B, T)
     feasible |= tf.reduce_any(tf.math.is_nan(logits), axis=[1, 2])  # NaN logits stay visible
     score = tf.where(feasible, tf.reduce_sum(frame_scores, axis=1), -math.inf)
-    score = tf.where(status == FINE, score, math.nan)
+    score = tf.where(tf.equal(status, FINE), score, math.nan)
     is_aligned = tf.math.is_finite(score)
 
     # (B, T, N), which XLA never stores: states only grow, so that counting frames finds a label's first and last.
@@ -173,7 +174,8 @@ def _viterbi(rows: Rows, logits: tf.Tensor, blank_index: int, time_major: bool, 
     label_scores = tf.where(in_label, label_scores, 0.0)
 
     path = tf.where(in_line & is_aligned[:, tf.newaxis], path, -1)[:, :frames_given]
-    return Alignment(path, spans, tf.cast(label_scores, real), tf.cast(score, real))
+    status = tf.where(tf.equal(score, -math.inf), INFEASIBLE, status)
+    return Alignment(path, spans, tf.cast(label_scores, real), tf.cast(score, real)), status
 
 
 def _best_states(

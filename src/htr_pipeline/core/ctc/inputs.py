@@ -1,6 +1,5 @@
 """Labels, logits and lengths as callers give them, brought to one form and checked row by row."""
 
-import functools
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -8,6 +7,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext  
 
 from htr_pipeline.core.ctc.problems import (
     BLANK_IN_LABEL,
+    BLANK_INDEX,
     CLASS_OUT_OF_RANGE,
     FINE,
     LABEL_LENGTH,
@@ -51,7 +51,8 @@ def read_lines(
         raise ValueError(f"logits are {logits.dtype.name}: expected float64, float32, float16 or bfloat16.")
     if logits.shape.rank not in (3, None):
         raise ValueError(f"logits have shape {logits.shape}: expected 3 axes (batch, frames, classes).")
-    num_classes = logits.shape[-1] if logits.shape.rank else None
+    logits = tf.ensure_shape(logits, [None, None, None])
+    num_classes = logits.shape[2]
     if num_classes == 0:
         raise ValueError(f"logits have shape {logits.shape}: expected at least one class, the blank.")
     if num_classes is not None and not -num_classes <= blank_index < num_classes:
@@ -63,13 +64,15 @@ def read_lines(
     labels, label_length = dense_labels(labels, label_length)
     if logit_length is None:
         logit_length = tf.fill([tf.shape(logits)[1 - time_axis]], tf.shape(logits)[time_axis])
-    lines = Lines(labels, logits, label_length, _whole_numbers(logit_length, "logit_length"))
+    lines = Lines(labels, logits, label_length, _lengths(logit_length, "logit_length"))
     return _with_one_batch_size(lines, time_axis)
 
 
 def dense_labels(labels: Any, label_length: Any) -> tuple[tf.Tensor, tf.Tensor]:
     """Every form of labels as (B, N) int32 and label_length (B,) int32."""
     if isinstance(labels, tf.SparseTensor):
+        if labels.shape.rank not in (2, None):
+            raise ValueError(f"labels have shape {labels.shape}: expected (batch, labels).")
         # Rows are packed: a gap between two entries of a row is not a label.
         labels = tf.RaggedTensor.from_value_rowids(labels.values, labels.indices[:, 0], nrows=labels.dense_shape[0])
     if isinstance(labels, tf.RaggedTensor):
@@ -77,23 +80,40 @@ def dense_labels(labels: Any, label_length: Any) -> tuple[tf.Tensor, tf.Tensor]:
             raise ValueError(
                 "label_length goes with dense or concatenated labels; ragged and sparse ones carry their own."
             )
+        if labels.shape.rank != 2:
+            raise ValueError(f"labels have shape {labels.shape}: expected (batch, labels).")
         return _whole_numbers(labels.to_tensor(), "labels"), tf.cast(labels.row_lengths(), tf.int32)
     if label_length is None:
         raise ValueError("label_length is missing: dense and concatenated labels need it, padding is never guessed.")
-    labels, label_length = _whole_numbers(labels, "labels"), _whole_numbers(label_length, "label_length")
+    labels, label_length = _whole_numbers(labels, "labels"), _lengths(label_length, "label_length")
+    if labels.shape.rank not in (1, 2):
+        raise ValueError(
+            f"labels have shape {labels.shape}: expected (batch, labels) or (sum of label_length,). "
+            "Where a tf.function does not know it, tf.ensure_shape tells."
+        )
     if labels.shape.rank == 1:
-        total = tf.reduce_sum(label_length)
-        tf.debugging.assert_equal(total, tf.size(labels), "Concatenated labels must number sum(label_length).")
+        if tf.executing_eagerly() and (tf.reduce_min(label_length) < 0 or tf.reduce_sum(label_length) != len(labels)):
+            raise ValueError(
+                f"Concatenated labels are {len(labels)}, label_length adds up to {tf.reduce_sum(label_length)}: "
+                "expected lengths of at least 0 that add up to the number of labels."
+            )
         labels = tf.RaggedTensor.from_row_lengths(labels, label_length).to_tensor()
-    if labels.shape.rank not in (2, None):
-        raise ValueError(f"labels have shape {labels.shape}: expected (batch, labels) or (sum of label_length,).")
     return labels, label_length
+
+
+def _lengths(values: Any, name: str) -> tf.Tensor:
+    lengths = _whole_numbers(values, name)
+    if lengths.shape.rank not in (1, None):
+        raise ValueError(f"{name} has shape {lengths.shape}: expected one length for each row.")
+    return tf.ensure_shape(lengths, [None])
 
 
 def _whole_numbers(values: Any, name: str) -> tf.Tensor:
     values = tf.convert_to_tensor(values)
     if not values.dtype.is_integer and values.shape.num_elements() != 0:  # an empty Python list becomes float32
         raise ValueError(f"{name} are {values.dtype.name}: expected int32 or int64.")
+    if values.dtype == tf.uint64:
+        values = tf.cast(tf.minimum(values, tf.constant(tf.int32.max, tf.uint64)), tf.int32)
     # Cut to int32, 2**32 would become class 0: out of range must stay out of range.
     if values.dtype.size > tf.int32.size:
         values = tf.clip_by_value(values, tf.cast(tf.int32.min, values.dtype), tf.cast(tf.int32.max, values.dtype))
@@ -102,27 +122,18 @@ def _whole_numbers(values: Any, name: str) -> tf.Tensor:
 
 def _with_one_batch_size(lines: Lines, time_axis: int) -> Lines:
     """The lines, each tensor with the batch size that any of them is known to have."""
-    batch_axis = {"labels": 0, "logits": 1 - time_axis, "label_length": 0, "logit_length": 0}
-    for name in ("label_length", "logit_length"):
-        if getattr(lines, name).shape.rank not in (1, None):
-            raise ValueError(f"{name} has shape {getattr(lines, name).shape}: expected one length for each row.")
-    sizes = {name: getattr(lines, name).shape[axis] for name, axis in batch_axis.items() if getattr(lines, name).shape}
-    known = {size for size in sizes.values() if size is not None}
+    batch_axis = Lines(labels=0, logits=1 - time_axis, label_length=0, logit_length=0)
+    sizes = Lines(*(values.shape[axis] for values, axis in zip(lines, batch_axis, strict=True)))
+    known = set(sizes) - {None}
     if len(known) > 1:
-        received = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        received = ", ".join(f"{name} {size}" for name, size in sizes._asdict().items())
         raise ValueError(f"Batch sizes differ: {received}. Is logits_time_major={time_axis == 0} right?")
-    if None in sizes.values():
-        batch = tf.shape(lines.logits)[1 - time_axis]
-        for name in ("labels", "label_length", "logit_length"):
-            given = tf.shape(getattr(lines, name))[0]
-            tf.debugging.assert_equal(given, batch, "Batch sizes differ. Is logits_time_major right?")
-    for name, axis in batch_axis.items():
-        values = getattr(lines, name)
-        if known and values.shape.rank:
-            shape = values.shape.as_list()
-            shape[axis] = min(known)
-            lines = lines._replace(**{name: tf.ensure_shape(values, shape)})
-    return lines
+    if not known:
+        return lines
+    shapes = [values.shape.as_list() for values in lines]
+    for shape, axis in zip(shapes, batch_axis, strict=True):
+        shape[axis] = min(known)
+    return Lines(*(tf.ensure_shape(values, shape) for values, shape in zip(lines, shapes, strict=True)))
 
 
 class Rows(NamedTuple):
@@ -142,7 +153,7 @@ class Rows(NamedTuple):
 
 
 def checked_rows(lines: Lines, blank_index: int, time_major: bool, collapse: bool) -> Rows:
-    """What can be told of the rows without looking at the logits.
+    """What can be told of the rows without looking at the logits; inside XLA.
 
     Args:
         lines: the batch.
@@ -151,33 +162,26 @@ def checked_rows(lines: Lines, blank_index: int, time_major: bool, collapse: boo
         collapse: make one label of equal neighbours.
     """
     shape = tf.shape(lines.logits)
-    return _checked_rows(
-        lines.labels, lines.label_length, lines.logit_length,
-        shape[0 if time_major else 1], shape[2], blank_index, collapse,
-    )  # fmt: skip
-
-
-@functools.partial(tf.function, autograph=False, reduce_retracing=True)
-def _checked_rows(
-    labels: tf.Tensor,
-    label_length: tf.Tensor,
-    logit_length: tf.Tensor,
-    num_frames: tf.Tensor,
-    num_classes: tf.Tensor,
-    blank_index: int,
-    collapse: bool,
-) -> Rows:
+    num_frames, num_classes = shape[0 if time_major else 1], shape[2]
+    # Of one batch size: XLA would broadcast a single row, but it cannot join it to several.
+    nothing = tf.zeros([shape[1 if time_major else 0], 0], tf.int32)
+    labels = tf.concat([nothing, lines.labels], axis=1)
+    label_length, logit_length = (
+        tf.concat([nothing, length[:, tf.newaxis]], axis=1)[:, 0] for length in (lines.label_length, lines.logit_length)
+    )
     blank = blank_index if blank_index >= 0 else num_classes + blank_index
     in_label = tf.sequence_mask(label_length, tf.shape(labels)[1])
-    is_blank = tf.reduce_any((labels == blank) & in_label, axis=1)
+    is_blank = tf.reduce_any(tf.equal(labels, blank) & in_label, axis=1)
     is_outside = tf.reduce_any(((labels < 0) | (labels >= num_classes)) & in_label, axis=1)
     status = tf.where(is_blank, BLANK_IN_LABEL, FINE)
     status = tf.where(is_outside, CLASS_OUT_OF_RANGE, status)
     status = tf.where((label_length < 0) | (label_length > tf.shape(labels)[1]), LABEL_LENGTH, status)
     status = tf.where((logit_length < 0) | (logit_length > num_frames), LOGIT_LENGTH, status)
-    label_length = tf.where(status == FINE, label_length, 0)
-    logit_length = tf.where(status == FINE, logit_length, 0)
-    labels = tf.where(in_label & (status == FINE)[:, tf.newaxis], labels, 0)
+    status = tf.where((blank < 0) | (blank >= num_classes), BLANK_INDEX, status)
+    is_fine = tf.equal(status, FINE)
+    label_length = tf.where(is_fine, label_length, 0)
+    logit_length = tf.where(is_fine, logit_length, 0)
+    labels = tf.where(in_label & is_fine[:, tf.newaxis], labels, 0)
     if collapse:
         labels, label_length = _collapse_repeated(labels, label_length)
     return Rows(labels, label_length, logit_length, status)
@@ -186,12 +190,16 @@ def _checked_rows(
 def _collapse_repeated(labels: tf.Tensor, label_length: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Labels (B, N) with one label for equal neighbours, and their lengths: those kept move to the front in order."""
     positions = tf.range(tf.shape(labels)[1])
-    kept = ((labels != tf.roll(labels, 1, axis=1)) | (positions == 0)) & (positions < label_length[:, tf.newaxis])
+    kept = (tf.not_equal(labels, tf.roll(labels, 1, axis=1)) | tf.equal(positions, 0)) & (
+        positions < label_length[:, tf.newaxis]
+    )
     order = tf.argsort(tf.cast(~kept, tf.int32), axis=1, stable=True)
     return tf.gather(labels, order, batch_dims=1), tf.reduce_sum(tf.cast(kept, tf.int32), axis=1)
 
 
-def report(status: tf.Tensor, worst_allowed: int, lines: Lines, logits_time_major: bool) -> list[tf.Operation]:
+def report(
+    status: tf.Tensor, worst_allowed: int, lines: Lines, time_major: bool, collapse: bool, merge: bool
+) -> list[tf.Operation]:
     """Raises and warns as problems.py does, in a graph when it runs; not inside XLA, which cannot call back.
 
     Returns:
@@ -199,10 +207,10 @@ def report(status: tf.Tensor, worst_allowed: int, lines: Lines, logits_time_majo
     """
     if is_compiled_by_xla():
         return []
-    first_frames = lines.logits[:1] if logits_time_major else tf.transpose(lines.logits[:, :1], [1, 0, 2])
+    first_frames = lines.logits[:1] if time_major else tf.transpose(lines.logits[:, :1], [1, 0, 2])
 
     def look(status: Any, first_frames: Any, labels: Any, label_length: Any, logit_length: Any) -> None:
-        raise_problems(status, worst_allowed, labels, label_length, logit_length)
+        raise_problems(status, worst_allowed, labels, label_length, logit_length, collapse, merge)
         if len(first_frames):
             warn_if_softmaxed(first_frames[0], logit_length)
 

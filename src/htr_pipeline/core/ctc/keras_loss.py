@@ -64,11 +64,13 @@ class CTCLoss(keras.losses.Loss):
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
         """Loss of the batch, reduced."""
         if sample_weight is not None:
-            y_true = tf.where(tf.reshape(sample_weight, [-1, 1]) != 0, y_true, 0)  # 0: an empty label in no frames
+            counts = tf.not_equal(tf.cast(tf.reshape(sample_weight, [-1, 1]), tf.float32), 0)
+            y_true = tf.where(counts, y_true, 0)  # 0: an empty label in no frames
         return super().__call__(y_true, tf.identity(y_pred), sample_weight)  # tf.identity: without the mask
 
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """(B,) losses."""
+        y_true = tf.convert_to_tensor(y_true)
         if y_true.shape.rank not in (2, None) or y_true.shape[1] in (0, 1):
             raise ValueError(f"y_true has shape {y_true.shape}: expected (batch, 2 + labels), made by pack_targets.")
         y_true = tf.cast(y_true, tf.int32)

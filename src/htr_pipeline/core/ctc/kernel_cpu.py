@@ -10,13 +10,14 @@ import functools
 import math
 from typing import Any
 
-import numba
 import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
+from htr_pipeline.core.ctc.compilation import compiled
 from htr_pipeline.core.ctc.problems import (
     BLANK_IN_LABEL,
+    BLANK_INDEX,
     CLASS_OUT_OF_RANGE,
     FINE,
     INFEASIBLE,
@@ -25,18 +26,18 @@ from htr_pipeline.core.ctc.problems import (
 )  # fmt: skip
 from htr_pipeline.core.ctc.threads import num_cores, thread_pool
 
-_NEVER = -1e200  # the power of two of an impossible path
-_FORBIDDEN_BELOW = -1e100  # a class that far below the best of its frame has probability 0
+NEVER = -1e250  # the power of two of an impossible path
+FORBIDDEN_BELOW = -1e150  # a class that far below the best of its frame has probability 0
 _RENORMALISED_EVERY = 32  # frames in which a mantissa grows or shrinks by less than 2**100
-_BIAS, _FRACTION_BITS = 1023, 52
-_LOG2_E = 1 / math.log(2)
+BIAS, FRACTION_BITS = 1023, 52
+LOG2_E = 1 / math.log(2)
 # ln 2 in two parts, the first with so few bits that its product with a power of two is exact (Cody and Waite, 1980).
-_LN_2_HIGH, _LN_2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
+LN_2_HIGH, LN_2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
 _C2, _C3, _C4, _C5, _C6, _C7, _C8, _C9, _C10, _C11, _C12, _C13 = (1 / math.factorial(n) for n in range(2, 14))
 
-_compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
-_vector_sum = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
-_vector_max = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz", "nnan"})
+_compiled = compiled(error_model="numpy")
+_vector_sum = compiled(fastmath={"reassoc", "nsz"})
+_vector_max = compiled(fastmath={"reassoc", "nsz", "nnan"})
 
 
 def _reinterpreted(source: Any, target: Any) -> Any:
@@ -60,7 +61,7 @@ _as_float = _reinterpreted(types.int64, types.float64)
 def _power_of_two(power):
     """2**power for a whole number of at most 1023; 0 where a float64 underflows."""
     # Added to 2**52, a whole number stands in the lowest bits.
-    return _as_float(_as_integer(max(power, -1023.0) + (_BIAS + 2.0**_FRACTION_BITS)) << _FRACTION_BITS)
+    return _as_float(_as_integer(max(power, -1023.0) + (BIAS + 2.0**FRACTION_BITS)) << FRACTION_BITS)
 
 
 @_vector_max
@@ -77,14 +78,14 @@ def _exponentials(logits, row, largest, mantissa, power, exponential):
     """exp(logits - largest) of a frame, both as mantissa and power of two and as one number."""
     for k in range(logits.shape[1]):
         difference = np.float64(logits[row, k]) - largest
-        whole = math.floor(difference * _LOG2_E + 0.5)
-        x = (difference - whole * _LN_2_HIGH) - whole * _LN_2_LOW  # -0.35 to 0.35
+        whole = np.floor(difference * LOG2_E + 0.5)
+        x = (difference - whole * LN_2_HIGH) - whole * LN_2_LOW  # -0.35 to 0.35
         # The series of exp, to the last bit. Its nested form is what the compiler turns into vector instructions.
         y = 1.0 + x * (1.0 + x * (_C2 + x * (_C3 + x * (_C4 + x * (_C5 + x * (_C6 + x * (_C7 + x * (
             _C8 + x * (_C9 + x * (_C10 + x * (_C11 + x * (_C12 + x * _C13))))))))))))  # fmt: skip
         y = 1.0 if abs(x) > 0.5 else y  # a difference so large that it has no digits behind the point
-        y = 0.0 if difference < _FORBIDDEN_BELOW else y
-        whole = _NEVER if difference < _FORBIDDEN_BELOW else whole
+        y = 0.0 if difference < FORBIDDEN_BELOW else y
+        whole = NEVER if difference < FORBIDDEN_BELOW else whole
         mantissa[k], power[k] = y, whole
         exponential[k] = y * _power_of_two(whole)
 
@@ -116,12 +117,12 @@ def _renormalise(mantissa, power, length):
     for i in range(length):
         if mantissa[i] > 0.0:
             bits = _as_integer(mantissa[i])
-            power[i] += np.float64((bits >> _FRACTION_BITS) - _BIAS)
-            mantissa[i] = _as_float((bits & ((1 << _FRACTION_BITS) - 1)) | (_BIAS << _FRACTION_BITS))
+            power[i] += np.float64((bits >> FRACTION_BITS) - BIAS)
+            mantissa[i] = _as_float((bits & ((1 << FRACTION_BITS) - 1)) | (BIAS << FRACTION_BITS))
 
 
 # In all steps: a (alpha) is the mass that arrived, b (beta) the mass still to come; *_power their powers of two;
-# stay and skip are 0 where a label may stay for another frame, or follow its predecessor without a blank, else _NEVER.
+# stay and skip are 0 where a label may stay for another frame, or follow its predecessor without a blank, else NEVER.
 
 
 @_compiled
@@ -207,17 +208,17 @@ def _line(logits, first_row, row_step, num_frames, labels, blank_index, merge, g
         _pick(mantissa, power, labels, y, y_power, t)
         y_blank[t], y_blank_power[t] = mantissa[blank_index], power[blank_index]
 
-    stay = 0.0 if merge else _NEVER
-    skip = np.full(num_labels + 1, _NEVER)
+    stay = 0.0 if merge else NEVER
+    skip = np.full(num_labels + 1, NEVER)
     for n in range(1, num_labels):
         if not merge or labels[n] != labels[n - 1]:
             skip[n] = 0.0
 
     # Before the first frame: as if a blank had been there.
-    blank, blank_power = np.zeros(num_labels + 1), np.full(num_labels + 1, _NEVER)
+    blank, blank_power = np.zeros(num_labels + 1), np.full(num_labels + 1, NEVER)
     blank[0], blank_power[0] = 1.0, 0.0
-    a[0, :], a_power[0, :] = 0.0, _NEVER
-    a[:, 0], a_power[:, 0] = 0.0, _NEVER  # no label before the first
+    a[0, :], a_power[0, :] = 0.0, NEVER
+    a[:, 0], a_power[:, 0] = 0.0, NEVER  # no label before the first
     for t in range(num_frames):
         _alpha_labels(a, a_power, t, blank, blank_power, y, y_power, stay, skip, num_labels)
         _blanks(blank, blank_power, a[t], a_power[t], y_blank[t], y_blank_power[t])
@@ -229,7 +230,7 @@ def _line(logits, first_row, row_step, num_frames, labels, blank_index, merge, g
     p_power = max(blank_power[num_labels], a_power[num_frames, num_labels])
     p = blank[num_labels] * _power_of_two(blank_power[num_labels] - p_power)
     p += a[num_frames, num_labels] * _power_of_two(a_power[num_frames, num_labels] - p_power)
-    loss = log_normaliser - math.log(p) - p_power * math.log(2.0) if p > 0.0 and p_power > _NEVER / 2 else np.inf
+    loss = log_normaliser - math.log(p) - p_power * math.log(2.0) if p > 0.0 and p_power > NEVER / 2 else np.inf
     loss = np.nan if math.isnan(log_normaliser) else loss
     if not math.isfinite(loss):
         for t in range(num_frames):
@@ -237,9 +238,9 @@ def _line(logits, first_row, row_step, num_frames, labels, blank_index, merge, g
         return loss
 
     # Behind the last frame: as if a blank followed.
-    blank[:], blank_power[:] = 0.0, _NEVER
+    blank[:], blank_power[:] = 0.0, NEVER
     blank[num_labels], blank_power[num_labels] = 1.0, 0.0
-    b, b_power = np.zeros(num_labels + 1), np.full(num_labels + 1, _NEVER)  # no label behind the last
+    b, b_power = np.zeros(num_labels + 1), np.full(num_labels + 1, NEVER)  # no label behind the last
     before, before_power, posterior = np.empty(num_labels), np.empty(num_labels), np.empty(num_labels)
     for t in range(num_frames - 1, -1, -1):
         row = first_row + t * row_step
@@ -258,6 +259,8 @@ def _line(logits, first_row, row_step, num_frames, labels, blank_index, merge, g
 @_compiled
 def _status(labels, label_length, logit_length, num_frames, num_classes, blank_index):
     """What is wrong with a row, as far as it can be told without its logits."""
+    if not -num_classes <= blank_index < num_classes:
+        return BLANK_INDEX
     if not 0 <= logit_length <= num_frames:
         return LOGIT_LENGTH
     if not 0 <= label_length <= len(labels):
@@ -266,7 +269,7 @@ def _status(labels, label_length, logit_length, num_frames, num_classes, blank_i
     for n in range(label_length):
         if not 0 <= labels[n] < num_classes:
             return CLASS_OUT_OF_RANGE
-        if labels[n] == blank_index:
+        if labels[n] == blank_index % num_classes:
             status = BLANK_IN_LABEL
     return status
 
@@ -302,7 +305,8 @@ def _lines(
             if collapse:
                 label = collapsed[: _without_repeats(label, collapsed)]
             loss[i] = _line(
-                logits, row, row_step, length, label, blank_index, merge, gradient, a, a_power, y, y_power
+                logits, row, row_step, length, label, blank_index % logits.shape[1], merge,
+                gradient, a, a_power, y, y_power,
             )  # fmt: skip
             if loss[i] == np.inf:
                 status[i] = INFEASIBLE
@@ -335,18 +339,26 @@ def loss_and_gradient(
         collapse: preprocess_collapse_repeated.
         merge: ctc_merge_repeated.
 
+    Raises:
+        ValueError: batch sizes differ.
+
     Returns:
         (B,) losses, inf where no alignment fits, NaN where a frame holds NaN or the row is wrong; their gradient in the
         shape of logits, 0 for infeasible and wrong rows; both in the dtype of logits. (B,) int32 status of each row.
     """
-    batch = len(labels)
+    batch = logits.shape[1 if time_major else 0]
+    if not batch == len(labels) == len(label_length) == len(logit_length):
+        raise ValueError(
+            f"Batch sizes differ: labels {len(labels)}, label_length {len(label_length)}, logits {batch}, "
+            f"logit_length {len(logit_length)}. Is logits_time_major={time_major} right?"
+        )
     loss, gradient, status = np.empty(batch, logits.dtype), np.empty_like(logits), np.empty(batch, np.int32)
     if not batch:
         return loss, gradient, status
     flat = (-1, logits.shape[2])
     compute = functools.partial(
         _lines, logits.reshape(flat), time_major, labels, label_length, logit_length,
-        blank_index % logits.shape[2], collapse, merge, loss, gradient.reshape(flat), status,
+        blank_index, collapse, merge, loss, gradient.reshape(flat), status,
     )  # fmt: skip
     num_threads = min(batch, num_cores())
     others = [thread_pool().submit(compute, first, num_threads) for first in range(1, num_threads)]

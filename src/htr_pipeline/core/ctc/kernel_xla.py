@@ -1,24 +1,25 @@
 """The CTC loss of a whole batch, compiled by XLA: for GPUs, for callers with jit_compile=True, for second derivatives.
 
-The recursions of Graves 2006, section 4.1, over all lines at once. A path probability is neither a float nor a
-logarithm but a number with a very long exponent: it does not underflow like the one and costs no exp and log in every
-cell like the other. docs/ctc.md explains it.
+The recursions of Graves 2006, section 4.1, over all lines at once. As in kernel_cpu.py, a path probability is a float64
+mantissa and a power of two, itself a float64.
 """
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow as tf
 
-from htr_pipeline.core.ctc.inputs import Rows, label_with_blanks
+from htr_pipeline.core.ctc.inputs import Lines, Rows, checked_rows, label_with_blanks
+from htr_pipeline.core.ctc.kernel_cpu import BIAS, FORBIDDEN_BELOW, FRACTION_BITS, LN_2_HIGH, LN_2_LOW, LOG2_E, NEVER
+from htr_pipeline.core.ctc.problems import FINE, INFEASIBLE
 
-# A path probability is one int64, read as a binary floating-point number: the upper bits are the exponent of two, the
-# lower _fraction_bits(dtype) bits the fraction behind the leading 1. Greater numbers are greater integers, so maximum
-# works on them; a power of two has no fraction, so multiplying by it is adding. Zero is an exponent no line reaches.
-_ZERO, _ONE = -(1 << 62), 0
-_INFEASIBLE_BELOW = _ZERO // 4 * 3  # zero grows a little when three of it are added in every frame
-_DOUBLE_FRACTION_BITS, _DOUBLE_BIAS = 52, 1023
+
+class _Mass(NamedTuple):
+    """Probabilities: mantissa times two to the power, two float64 tensors of one shape; a mantissa is 1 to 2."""
+
+    mantissa: tf.Tensor
+    power: tf.Tensor
 
 
 class _Trellis(NamedTuple):
@@ -49,21 +50,24 @@ class _Trellis(NamedTuple):
 
 @functools.partial(tf.function, jit_compile=True, autograph=False, reduce_retracing=True)
 def loss_and_gradient(
-    rows: Rows, logits: tf.Tensor, blank_index: int, time_major: bool, merge: bool
-) -> tuple[tf.Tensor, tf.Tensor]:
+    lines: Lines, blank_index: int, time_major: bool, collapse: bool, merge: bool
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Loss of each line and its gradient.
 
     Args:
-        rows: labels and lengths.
-        logits: (B, T, K), or (T, B, K) if time_major, of any floating-point type.
+        lines: the batch, logits of any floating-point type.
         blank_index: class of the blank; negative values count from the last class.
-        time_major: see logits.
+        time_major: whether the logits are (T, B, K).
+        collapse: preprocess_collapse_repeated.
         merge: ctc_merge_repeated.
 
     Returns:
-        (B,) losses, inf where no alignment fits, NaN where a frame holds NaN; their gradient in the shape of logits.
-        Both float64 for float64 logits, else float32.
+        (B,) losses, inf where no alignment fits, NaN where a frame holds NaN or the row is wrong; their gradient in the
+        shape of logits, 0 for infeasible and wrong rows; both float64 for float64 logits, else float32. (B,) int32
+        status of each row.
     """
+    logits = lines.logits
+    rows = checked_rows(lines, blank_index, time_major, collapse)
     frames_given = tf.shape(logits)[0 if time_major else 1]
     trellis = _trellis(rows, logits, blank_index, time_major, merge)
     real = trellis.logits.dtype
@@ -71,16 +75,20 @@ def loss_and_gradient(
     loss = tf.cast(tf.maximum(trellis.log_sums - log_likelihood, 0.0), real)
     feasible |= tf.math.is_nan(loss)  # NaN logits stay visible
     loss = tf.where(feasible, loss, tf.constant(math.inf, real))
+    is_fine = tf.equal(rows.status, FINE)
+    loss = tf.where(is_fine, loss, tf.constant(math.nan, real))
+    status = tf.where(is_fine & ~feasible, INFEASIBLE, rows.status)
 
     # Dividing by the sum keeps rounding from growing with T.
     posterior = _per_class(posterior, trellis)
     gradient = trellis.softmax - posterior / tf.reduce_sum(posterior, axis=2, keepdims=True)
-    return loss, _in_layout(gradient, trellis.in_line & feasible[:, tf.newaxis], frames_given, time_major)
+    gradient = _in_layout(gradient, trellis.in_line & feasible[:, tf.newaxis], frames_given, time_major)
+    return loss, gradient, status
 
 
 @functools.partial(tf.function, jit_compile=True, autograph=False, reduce_retracing=True)
 def hessian_vector_product(
-    rows: Rows, logits: tf.Tensor, direction: tf.Tensor, blank_index: int, time_major: bool, merge: bool
+    lines: Lines, direction: tf.Tensor, blank_index: int, time_major: bool, collapse: bool, merge: bool
 ) -> tf.Tensor:
     """The derivative of each line's gradient along a direction; 0 where no alignment fits.
 
@@ -89,19 +97,20 @@ def hessian_vector_product(
     lead into a state, their mean sum of the direction: an expectation semiring (Li and Eisner, EMNLP 2009).
 
     Args:
-        rows: labels and lengths.
-        logits: (B, T, K), or (T, B, K) if time_major, of any floating-point type.
-        direction: in the shape of logits.
+        lines: as for loss_and_gradient.
+        direction: in the shape of the logits.
         blank_index: as for loss_and_gradient.
         time_major: as for loss_and_gradient.
+        collapse: as for loss_and_gradient.
         merge: as for loss_and_gradient.
 
     Returns:
         In the shape of logits; float64 for float64 logits, else float32.
     """
-    frames_given = tf.shape(logits)[0 if time_major else 1]
-    real = tf.float64 if logits.dtype == tf.float64 else tf.float32
-    trellis = _trellis(rows, tf.cast(logits, tf.float64), blank_index, time_major, merge)
+    frames_given = tf.shape(lines.logits)[0 if time_major else 1]
+    real = tf.float64 if lines.logits.dtype == tf.float64 else tf.float32
+    rows = checked_rows(lines, blank_index, time_major, collapse)
+    trellis = _trellis(rows, tf.cast(lines.logits, tf.float64), blank_index, time_major, merge)
     direction = _batch_major(tf.cast(direction, tf.float64), time_major, trellis.in_line)
     # What all classes of a frame have in common changes nothing: taken off, the sums along the paths stay small.
     direction -= tf.reduce_sum(trellis.softmax * direction, axis=2, keepdims=True)
@@ -120,14 +129,14 @@ def _trellis(rows: Rows, logits: tf.Tensor, blank_index: int, time_major: bool, 
     in_line = tf.sequence_mask(rows.logit_length, tf.maximum(num_frames, 1))  # XLA compiles no loop over nothing
     logits = _batch_major(tf.cast(logits, real), time_major, in_line)
     largest = tf.reduce_max(logits, axis=2, keepdims=True)
-    largest = tf.where(largest == -math.inf, tf.zeros([], real), largest)  # a frame that forbids every class
+    largest = tf.where(tf.equal(largest, -math.inf), tf.zeros([], real), largest)  # a frame that forbids every class
     exponentials = tf.exp(logits - largest)
     # In float64, so that small losses keep their relative precision: the largest exponential is 1.
     log_sums = tf.math.log(tf.reduce_sum(tf.cast(exponentials, tf.float64), axis=2))
 
     states = label_with_blanks(rows.labels, blank)
     position = tf.range(tf.shape(states)[1])
-    is_label = position % 2 == 1
+    is_label = tf.equal(position % 2, 1)
     return _Trellis(
         logits=logits,
         largest=largest,
@@ -135,9 +144,9 @@ def _trellis(rows: Rows, logits: tf.Tensor, blank_index: int, time_major: bool, 
         log_sums=tf.reduce_sum(tf.where(in_line, log_sums, 0.0), axis=1),
         in_line=in_line,
         states=states,
-        last_blank=position == 2 * rows.label_length[:, tf.newaxis],
+        last_blank=tf.equal(position, 2 * rows.label_length[:, tf.newaxis]),
         stays=tf.ones_like(is_label) if merge else ~is_label,
-        skipped_into=is_label & (position > 1) & ((states != tf.roll(states, 2, axis=1)) | (not merge)),
+        skipped_into=is_label & (position > 1) & (tf.not_equal(states, tf.roll(states, 2, axis=1)) | (not merge)),
     )
 
 
@@ -177,145 +186,120 @@ def _forward_backward(
         direction: (B, T, K) or None.
 
     Returns:
-        (B,) float64 ln P(label); (B,) whether any alignment fits; the posteriors of the states (T, B, S), up to a
-        factor for each row and frame, and, given a direction, beside them the same times the mean sum of the direction
-        along all paths through the state.
+        (B,) float64 ln P(label); (B,) whether any alignment fits; the posteriors of the states (T, B, S) and, given a
+        direction, beside them the same times the mean sum of the direction along all paths through the state.
     """
-    real = trellis.logits.dtype
-    bits = _fraction_bits(real)
-    zero, one = tf.constant(_ZERO, tf.int64), tf.constant(_ONE, tf.int64)
     num_frames, num_states = tf.shape(trellis.logits)[1], tf.shape(trellis.states)[1]
     position = tf.range(num_states)
-    is_label = position % 2 == 1
+    is_label = tf.equal(position % 2, 1)
+    # What a step costs, as a power of two: nothing or everything.
+    free, forbidden = tf.constant(0.0, tf.float64), tf.constant(NEVER, tf.float64)
+    stay = tf.where(trellis.stays, free, forbidden)
+    skip_into = tf.where(trellis.skipped_into, free, forbidden)
+    skip_from = tf.roll(skip_into, -2, axis=1)
 
     # y of the paper, first for one blank and the labels only: that spares half of the exponentials.
     distinct = tf.concat([trellis.states[:, :1], trellis.states[:, 1::2]], axis=1)  # (B, N + 1)
 
-    def of_states(values: tf.Tensor) -> tf.Tensor:
-        """(B, T, N + 1) to (T, B, S)."""
+    def of_states(values: tf.Tensor, behind: tf.Tensor) -> tf.Tensor:
+        """(B, T, N + 1) to (T, B, S), with other values behind the end of a line."""
+        values = tf.where(trellis.in_line[:, :, tf.newaxis], values, behind)
         return tf.transpose(tf.gather(values, tf.where(is_label, (position + 1) // 2, 0), axis=2), [1, 0, 2])
 
-    y = _packed_exp(tf.gather(trellis.logits, distinct, axis=2, batch_dims=1), trellis.largest, bits)
-    behind = tf.where(tf.range(tf.shape(distinct)[1]) > 0, zero, one)
-    y = of_states(tf.where(trellis.in_line[:, :, tf.newaxis], y, behind))
-    steps = None if direction is None else of_states(tf.gather(direction, distinct, axis=2, batch_dims=1))
+    y = _exp(tf.gather(trellis.logits, distinct, axis=2, batch_dims=1), trellis.largest)
+    behind = tf.where(tf.range(tf.shape(distinct)[1]) > 0, forbidden, free)
+    y = _Mass(of_states(y.mantissa, tf.ones_like(behind)), of_states(y.power, behind))
+    if direction is not None:
+        steps = of_states(tf.gather(direction, distinct, axis=2, batch_dims=1), tf.zeros_like(behind))
 
-    def forwards(t: tf.Tensor, alpha: tf.Tensor, mean: Any, alphas: tf.TensorArray, means: Any) -> tuple:
+    def forwards(t: tf.Tensor, alpha: _Mass, mean: tf.Tensor, alphas: _Mass, means: tf.TensorArray) -> tuple:
         # The state before frame t is written, not that after it: XLA would compute it twice, once for the array.
-        alphas = alphas.write(t, alpha)
-        before = tf.pad(alpha, [[0, 0], [2, 0]], constant_values=_ZERO)
-        terms = [
-            tf.where(trellis.stays, alpha, zero),
-            before[:, 1:-1],
-            tf.where(trellis.skipped_into, before[:, :-2], zero),
-        ]
-        numbers, whole = _aligned(terms, bits)
-        if steps is not None:
-            mean = tf.pad(mean, [[0, 0], [2, 0]])
-            mean = _weighted_mean(numbers, [mean[:, 2:], mean[:, 1:-1], mean[:, :-2]]) + steps[t]
+        alphas = _Mass(*(array.write(t, values) for array, values in zip(alphas, alpha, strict=True)))
+        terms, power = _aligned(alpha, [(0, stay), (1, free), (2, skip_into)])
+        if direction is not None:
+            mean = _weighted_mean(terms, [_shifted(mean, by, 0.0) for by in (0, 1, 2)]) + steps[t]
             means = means.write(t, mean)
-        return t + 1, _packed_product(tf.add_n(numbers), whole, y[t], bits), mean, alphas, means
+        return t + 1, _normalised(tf.add_n(terms) * y.mantissa[t], power + y.power[t]), mean, alphas, means
 
-    alpha = tf.broadcast_to(tf.where(position == 0, one, zero), tf.shape(trellis.states))
-    alphas = tf.TensorArray(tf.int64, size=num_frames + 1)
-    # Loops carry no None.
-    mean = tf.zeros_like(alpha, tf.float64) if steps is not None else tf.zeros([], tf.float64)
-    means = tf.TensorArray(tf.float64, size=num_frames if steps is not None else 0)
+    ones = tf.ones_like(trellis.states, tf.float64)
+    alpha = _Mass(ones, tf.where(tf.equal(position, 0), free, forbidden) * ones)
+    alphas = _Mass(*(tf.TensorArray(tf.float64, size=num_frames + 1) for _ in alpha))
+    mean = tf.zeros_like(ones) if direction is not None else free  # loops carry no None
+    means = tf.TensorArray(tf.float64, size=num_frames if direction is not None else 0)
     _, alpha, _, alphas, means = tf.while_loop(lambda t, *_: t < num_frames, forwards, (0, alpha, mean, alphas, means))
-    alphas = tf.reshape(alphas.write(num_frames, alpha).stack(), [num_frames + 1, -1, num_states])
-    if steps is not None:
-        means = tf.reshape(means.stack(), tf.shape(y))
+    alphas = _Mass(*(array.write(num_frames, values).stack() for array, values in zip(alphas, alpha, strict=True)))
+    alphas = _Mass(*(tf.reshape(values, [num_frames + 1, -1, num_states]) for values in alphas))
+    if direction is not None:
+        means = tf.reshape(means.stack(), tf.shape(y.power))
 
-    last_label = tf.roll(trellis.last_blank, -1, axis=1) & is_label
-    ends = [tf.reduce_max(tf.where(last, alpha, zero), axis=1) for last in (trellis.last_blank, last_label)]
-    numbers, whole = _aligned(ends, bits)
-    likelihood = _packed_product(tf.add_n(numbers), whole, one, bits)
-    feasible = likelihood > _INFEASIBLE_BELOW
-    likelihood = tf.where(feasible, likelihood, one)
-    whole = _whole(likelihood, bits)
-    log_likelihood = tf.math.log(_as_double(likelihood, whole, bits)) + math.log(2) * tf.cast(
-        tf.bitwise.right_shift(whole, tf.constant(bits, tf.int64)), tf.float64
-    )
-    skipped_from = tf.roll(trellis.skipped_into, -2, axis=1)
+    # Equation 8: the label ends in its last class or in the blank behind it.
+    is_end = trellis.last_blank | (tf.roll(trellis.last_blank, -1, axis=1) & is_label)
+    p_power = tf.reduce_max(tf.where(is_end, alpha.power, forbidden), axis=1, keepdims=True)
+    feasible = p_power > NEVER / 2
+    p_power = tf.where(feasible, p_power, free)
+    p = tf.reduce_sum(tf.where(is_end, alpha.mantissa * _power_of_two(alpha.power - p_power), free), axis=1)
+    log_likelihood = tf.where(feasible[:, 0], tf.math.log(p) + math.log(2) * p_power[:, 0], free)
 
-    def backwards(t: tf.Tensor, beta_y: tf.Tensor, mean: Any, posteriors: tf.TensorArray, moments: Any) -> tuple:
-        after = tf.pad(beta_y, [[0, 0], [0, 2]], constant_values=_ZERO)
-        terms = [
-            tf.where(trellis.stays, beta_y, zero),
-            after[:, 1:-1],
-            tf.where(skipped_from, after[:, 2:], zero),
-        ]
-        numbers, beta_whole = _aligned(terms, bits)
-        beta = tf.add_n(numbers)  # without the emission of frame t, which alpha holds
-        scale = tf.maximum(beta_whole, _ZERO // 8 * 7) - whole[:, tf.newaxis]  # so that the next sum fits an int64
-        posterior = beta * _as_double(alphas[t + 1] + scale, one, bits)
-        posteriors = posteriors.write(t, tf.cast(posterior, real))
-        if steps is not None:
-            mean = tf.pad(mean, [[0, 0], [0, 2]])
-            mean = _weighted_mean(numbers, [mean[:, :-2], mean[:, 1:-1], mean[:, 2:]])
+    def backwards(t: tf.Tensor, beta_y: _Mass, mean: tf.Tensor, posteriors: tf.TensorArray, moments: tf.TensorArray):
+        terms, power = _aligned(beta_y, [(0, stay), (-1, free), (-2, skip_from)])
+        beta = tf.add_n(terms)  # without the emission of frame t, which alpha holds
+        posterior = alphas.mantissa[t + 1] * beta * _power_of_two(alphas.power[t + 1] + power - p_power)
+        posteriors = posteriors.write(t, tf.cast(posterior, trellis.logits.dtype))
+        if direction is not None:
+            mean = _weighted_mean(terms, [_shifted(mean, by, 0.0) for by in (0, -1, -2)])
             moments = moments.write(t, posterior * (means[t] + mean))
             mean += steps[t]
-        return t - 1, _packed_product(beta, beta_whole, y[t], bits), mean, posteriors, moments
+        return t - 1, _normalised(beta * y.mantissa[t], power + y.power[t]), mean, posteriors, moments
 
-    posteriors = tf.TensorArray(real, size=num_frames)
-    moments = tf.TensorArray(tf.float64, size=num_frames if steps is not None else 0)
-    beta_y = tf.where(trellis.last_blank, one, zero)
+    posteriors = tf.TensorArray(trellis.logits.dtype, size=num_frames)
+    moments = tf.TensorArray(tf.float64, size=num_frames if direction is not None else 0)
+    beta_y = _Mass(ones, tf.where(trellis.last_blank, free, forbidden))
     *_, posteriors, moments = tf.while_loop(
         lambda t, *_: t >= 0, backwards, (num_frames - 1, beta_y, mean, posteriors, moments)
     )
-    found = (posteriors,) if steps is None else (posteriors, moments)
-    return log_likelihood, feasible, tuple(tf.reshape(array.stack(), tf.shape(y)) for array in found)
+    found = (posteriors,) if direction is None else (posteriors, moments)
+    shape = tf.shape(y.power)
+    return log_likelihood, feasible[:, 0], tuple(tf.reshape(array.stack(), shape) for array in found)
+
+
+def _exp(logits: tf.Tensor, largest: tf.Tensor) -> _Mass:
+    """exp(logits - largest), exact to rounding however small; the mantissa is 0.7 to 1.5."""
+    difference = tf.cast(logits, tf.float64) - tf.cast(largest, tf.float64)
+    power = tf.floor(difference * LOG2_E + 0.5)
+    rest = (difference - power * LN_2_HIGH) - power * LN_2_LOW
+    mantissa = tf.where(abs(rest) <= 0.5, tf.exp(rest), tf.ones([], tf.float64))  # a difference without such digits
+    return _Mass(mantissa, tf.where(difference < FORBIDDEN_BELOW, tf.constant(NEVER, tf.float64), power))
+
+
+def _power_of_two(power: tf.Tensor) -> tf.Tensor:
+    """2**power for a whole number of at most 1023; 0 where a float64 underflows."""
+    # Added to 2**52, a whole number stands in the lowest bits.
+    bits = tf.bitcast(tf.maximum(power, -float(BIAS)) + (BIAS + 2.0**FRACTION_BITS), tf.int64)
+    return tf.bitcast(tf.bitwise.left_shift(bits, tf.constant(FRACTION_BITS, tf.int64)), tf.float64)
+
+
+def _normalised(mantissa: tf.Tensor, power: tf.Tensor) -> _Mass:
+    """The same with a mantissa from 1 to 2."""
+    bits = tf.bitcast(mantissa, tf.int64)
+    exponent = tf.bitwise.right_shift(bits, tf.constant(FRACTION_BITS, tf.int64)) - BIAS
+    fraction = tf.bitwise.bitwise_and(bits, tf.constant((1 << FRACTION_BITS) - 1, tf.int64))
+    return _Mass(tf.bitcast(fraction + (BIAS << FRACTION_BITS), tf.float64), power + tf.cast(exponent, tf.float64))
+
+
+def _shifted(values: tf.Tensor, by: int, filling: float) -> tf.Tensor:
+    """(B, S): each state gets what the state that many places before it has."""
+    front, back = max(by, 0), max(-by, 0)
+    padded = tf.pad(values, [[0, 0], [front, back]], constant_values=filling)
+    return padded[:, back : back + tf.shape(values)[1]]
+
+
+def _aligned(mass: _Mass, steps: list[tuple[int, tf.Tensor]]) -> tuple[list[tf.Tensor], tf.Tensor]:
+    """The masses that arrive by steps of so many places at such a cost, all relative to the power returned beside."""
+    arriving = [_shifted(mass.power, by, NEVER) + cost for by, cost in steps]
+    power = functools.reduce(tf.maximum, arriving)
+    mantissas = [_shifted(mass.mantissa, by, 1.0) for by, _ in steps]
+    return [mantissa * _power_of_two(p - power) for mantissa, p in zip(mantissas, arriving, strict=True)], power
 
 
 def _weighted_mean(weights: list[tf.Tensor], values: list[tf.Tensor]) -> tf.Tensor:
     return tf.add_n([weight * value for weight, value in zip(weights, values, strict=True)]) / tf.add_n(weights)
-
-
-def _fraction_bits(real: tf.DType) -> int:
-    """Leaves losses of up to 5e8 nats a line for float32, and of 7e7 with one more digit for float64."""
-    return 35 if real == tf.float64 else 32
-
-
-def _packed_exp(logits: tf.Tensor, largest: tf.Tensor, bits: int) -> tf.Tensor:
-    """exp(logits - largest), exact to rounding however small: the difference is taken and split in float64."""
-    power = (tf.cast(logits, tf.float64) - tf.cast(largest, tf.float64)) * math.log2(math.e)
-    power = tf.maximum(power, _ZERO / (1 << bits))
-    whole = tf.round(power)
-    mantissa = tf.exp(tf.cast((power - whole) * math.log(2), logits.dtype))  # 0.7 to 1.4
-    # Adding this number leaves an integer in the lowest bits: many times faster than XLA's conversion, which saturates.
-    shifter = 1.5 * 2.0**_DOUBLE_FRACTION_BITS
-    whole = tf.bitcast(whole + shifter, tf.int64) - tf.bitcast(tf.constant(shifter, tf.float64), tf.int64)
-    return tf.bitwise.left_shift(whole, tf.constant(bits, tf.int64)) + _packed(tf.cast(mantissa, tf.float64), bits)
-
-
-def _whole(number: tf.Tensor, bits: int) -> tf.Tensor:
-    """The power of two at or below the number."""
-    return tf.bitwise.bitwise_and(number, tf.constant(-(1 << bits), tf.int64))
-
-
-def _as_double(number: tf.Tensor, whole: tf.Tensor, bits: int) -> tf.Tensor:
-    """The float64 number / whole, at least 2**-1022, whole being a power of two."""
-    ratio = tf.maximum(number - whole, -((_DOUBLE_BIAS - 1) << bits))
-    shift = _DOUBLE_FRACTION_BITS - bits
-    one = _DOUBLE_BIAS << _DOUBLE_FRACTION_BITS
-    return tf.bitcast(tf.bitwise.left_shift(ratio, tf.constant(shift, tf.int64)) + one, tf.float64)
-
-
-def _aligned(terms: list[tf.Tensor], bits: int) -> tuple[list[tf.Tensor], tf.Tensor]:
-    """The terms as float64 of at most 2 and the power of two that all are to be multiplied by; their sum is 1 to 6."""
-    whole = _whole(functools.reduce(tf.maximum, terms), bits)
-    return [_as_double(term, whole, bits) for term in terms], whole
-
-
-def _packed_product(number: tf.Tensor, whole: tf.Tensor, factor: tf.Tensor, bits: int) -> tf.Tensor:
-    """The product of all three, rounded; not below zero."""
-    factor_whole = _whole(factor, bits)
-    packed = _packed(number * _as_double(factor, factor_whole, bits), bits)
-    return tf.maximum(packed + (whole + factor_whole), _ZERO)
-
-
-def _packed(number: tf.Tensor, bits: int) -> tf.Tensor:
-    """A float64 that is a normal number, rounded."""
-    shift = _DOUBLE_FRACTION_BITS - bits
-    one_less_rounding = (_DOUBLE_BIAS << _DOUBLE_FRACTION_BITS) - (1 << (shift - 1))
-    return tf.bitwise.right_shift(tf.bitcast(number, tf.int64) - one_less_rounding, tf.constant(shift, tf.int64))

@@ -5,7 +5,7 @@ kernel_cpu.py, which is the faster by far but a call back into Python, and in ke
 that XLA compiles. docs/ctc.md explains the algorithm and gives figures.
 """
 
-import math
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,6 @@ import tensorflow as tf
 from htr_pipeline.core.ctc import kernel_cpu, kernel_xla
 from htr_pipeline.core.ctc.inputs import (
     Lines,
-    checked_rows,
     dense_labels,
     is_compiled_by_xla,
     read_lines,
@@ -70,6 +69,7 @@ def ctc_loss(
 
     Source: Graves et al., ICML 2006, section 4.1; the options are those of tf.compat.v1.nn.ctc_loss.
     """
+    blank_index = operator.index(blank_index)
     if infeasible not in ("inf", "zero", "raise"):
         raise ValueError(f"infeasible={infeasible!r}: expected 'inf', 'zero' or 'raise'.")
     lines = read_lines(labels, logits, label_length, logit_length, blank_index, logits_time_major)
@@ -80,12 +80,12 @@ def ctc_loss(
     def loss_of(logits: tf.Tensor) -> tuple[tf.Tensor, Any]:
         loss, gradient, status = _loss_and_gradient(lines, options, FINE if infeasible == "raise" else INFEASIBLE)
         if infeasible == "zero":
-            loss = tf.where(status == INFEASIBLE, tf.zeros_like(loss), loss)
+            loss = tf.where(tf.equal(status, INFEASIBLE), tf.zeros_like(loss), loss)
 
         @tf.custom_gradient
         def weighted_gradient(upstream: tf.Tensor, logits: tf.Tensor) -> tuple[tf.Tensor, Any]:
             # Whatever the caller made of an infinite loss, its row has gradient 0; and so has a row of weight 0.
-            weight = tf.where(status == FINE, upstream, tf.zeros_like(upstream))
+            weight = tf.where(tf.equal(status, FINE), upstream, tf.zeros_like(upstream))
             weight = tf.expand_dims(weight[:, tf.newaxis], axis=time_axis)
 
             def second_derivative(direction: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -123,18 +123,14 @@ class _Options(NamedTuple):
 def _loss_and_gradient(lines: Lines, options: _Options, worst_allowed: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Loss, gradient and status of each row from the kernel that is the faster one here, after raising problems."""
     if _needs_xla():
-        rows = checked_rows(lines, options.blank_index, options.time_major, options.collapse)
-        loss, gradient = kernel_xla.loss_and_gradient(
-            rows, tf.stop_gradient(lines.logits), options.blank_index, options.time_major, options.merge
-        )
-        status = tf.where((rows.status == FINE) & (loss == math.inf), INFEASIBLE, rows.status)
-        with tf.control_dependencies(report(status, worst_allowed, lines, options.time_major)):
-            loss = tf.where(status > INFEASIBLE, tf.constant(math.nan, loss.dtype), loss)
-            return loss, gradient, status
+        lines = lines._replace(logits=tf.stop_gradient(lines.logits))
+        loss, gradient, status = kernel_xla.loss_and_gradient(lines, *options)
+        with tf.control_dependencies(report(status, worst_allowed, lines, *options[1:])):
+            return tf.identity(loss), gradient, status
 
     def compute(labels: Any, logits: Any, label_length: Any, logit_length: Any) -> tuple[np.ndarray, ...]:
         found = kernel_cpu.loss_and_gradient(labels, logits, label_length, logit_length, **options._asdict())
-        raise_problems(found[2], worst_allowed, labels, label_length, logit_length)
+        raise_problems(found[2], worst_allowed, labels, label_length, logit_length, options.collapse, options.merge)
         if logits.size:
             warn_if_softmaxed(logits[0] if options.time_major else logits[:, 0], logit_length)
         return found
@@ -145,8 +141,10 @@ def _loss_and_gradient(lines: Lines, options: _Options, worst_allowed: int) -> t
         loss, gradient, status = map(tf.convert_to_tensor, compute(*(tensor.numpy() for tensor in arguments)))
     else:
         loss, gradient, status = tf.numpy_function(compute, arguments, [real, real, tf.int32], stateful=False)
-    batch = lines.label_length.shape
-    return tf.ensure_shape(loss, batch), tf.ensure_shape(gradient, lines.logits.shape), tf.ensure_shape(status, batch)
+        for found, shape in ((loss, lines.label_length.shape), (gradient, lines.logits.shape)):
+            found.set_shape(shape)
+        status.set_shape(lines.label_length.shape)
+    return loss, gradient, status
 
 
 def _needs_xla() -> bool:
@@ -158,13 +156,9 @@ def _hessian_vector_product(lines: Lines, direction: tf.Tensor, options: _Option
     @tf.custom_gradient
     def product_of(logits: tf.Tensor, direction: tf.Tensor) -> tuple[tf.Tensor, Any]:
         def third_derivative(*_: tf.Tensor) -> None:
-            raise LookupError("ctc_loss has no third derivative: its gradient can be differentiated once.")
+            raise LookupError("ctc_loss has no third derivative: it can be differentiated twice, in reverse mode.")
 
-        logits, direction = tf.stop_gradient(logits), tf.stop_gradient(direction)
-        rows = checked_rows(lines, options.blank_index, options.time_major, options.collapse)
-        product = kernel_xla.hessian_vector_product(
-            rows, logits, direction, options.blank_index, options.time_major, options.merge
-        )
-        return product, third_derivative
+        stopped = lines._replace(logits=tf.stop_gradient(logits))
+        return kernel_xla.hessian_vector_product(stopped, tf.stop_gradient(direction), *options), third_derivative
 
     return product_of(lines.logits, direction)

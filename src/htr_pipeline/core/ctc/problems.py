@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 
 # Of several problems of a row the greatest counts.
-FINE, INFEASIBLE, BLANK_IN_LABEL, CLASS_OUT_OF_RANGE, LABEL_LENGTH, LOGIT_LENGTH = range(6)
+FINE, INFEASIBLE, BLANK_IN_LABEL, CLASS_OUT_OF_RANGE, LABEL_LENGTH, LOGIT_LENGTH, BLANK_INDEX = range(7)
 _MESSAGES = (
     "",
     "Too few frames for the label, or a class that it needs has logit -inf: no alignment fits. "
@@ -17,13 +17,20 @@ _MESSAGES = (
     "label_length is negative or exceeds the width of labels.",
     "logit_length is negative or exceeds the number of frames. "
     "Where time is the first axis of the logits, pass logits_time_major=True.",
+    "blank_index is not a class of the logits.",
 )
 _ROWS_NAMED = 10
 _SUM_TOLERANCE = 1e-2  # of a softmax in half precision
 
 
 def raise_problems(
-    status: np.ndarray, worst_allowed: int, labels: np.ndarray, label_length: np.ndarray, logit_length: np.ndarray
+    status: np.ndarray,
+    worst_allowed: int,
+    labels: np.ndarray,
+    label_length: np.ndarray,
+    logit_length: np.ndarray,
+    collapse: bool,
+    merge: bool,
 ) -> None:
     """Raises ValueError, naming rows, if one is worse than allowed.
 
@@ -33,29 +40,29 @@ def raise_problems(
         labels: (B, N) as the caller gave them.
         label_length: (B,) as the caller gave them.
         logit_length: (B,) as the caller gave them.
+        collapse: preprocess_collapse_repeated.
+        merge: ctc_merge_repeated.
     """
     worst = status.max(initial=FINE)
     if worst <= worst_allowed:
         return
+
+    def in_words(row: int) -> str:
+        if worst == LABEL_LENGTH:
+            return f"label_length {label_length[row]}, and labels are {labels.shape[1]} wide"
+        if worst == LOGIT_LENGTH:
+            return f"logit_length {logit_length[row]}"
+        label = labels[row, : label_length[row]]
+        if worst != INFEASIBLE:
+            return f"the label {label.tolist()}"
+        repeats = int((label[1:] == label[:-1]).sum())
+        needed = len(label) - repeats if collapse else len(label) + repeats * merge
+        return f"{len(label)} labels that need {needed} frames, and {logit_length[row]} frames"
+
     rows = np.flatnonzero(status == worst)
-    named = "; ".join(
-        f"row {row} has {_in_words(worst, labels[row], label_length[row], logit_length[row])}"
-        for row in rows[:_ROWS_NAMED]
-    )
+    named = "; ".join(f"row {row} has {in_words(row)}" for row in rows[:_ROWS_NAMED])
     more = ", ..." if len(rows) > _ROWS_NAMED else ""
     raise ValueError(f"{_MESSAGES[worst]} {len(rows)} of {len(status)} rows: {named}{more}.")
-
-
-def _in_words(problem: int, labels: np.ndarray, label_length: int, logit_length: int) -> str:
-    if problem == LABEL_LENGTH:
-        return f"label_length {label_length}, and labels are {len(labels)} wide"
-    if problem == LOGIT_LENGTH:
-        return f"logit_length {logit_length}"
-    label = labels[:label_length]
-    if problem == INFEASIBLE:
-        needed = len(label) + int((label[1:] == label[:-1]).sum())
-        return f"{len(label)} labels that need {needed} frames, and {logit_length} frames"
-    return f"the label {label.tolist()}"
 
 
 def warn_if_softmaxed(first_frames: np.ndarray, logit_length: np.ndarray) -> None:

@@ -1,0 +1,22 @@
+"""How this package's Numba code is compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+
+def compiled(**options: Any) -> Callable[[Callable], Any]:
+    """Decorator: compiled at the first call, without the interpreter lock, and kept on disk for the next process.
+
+    Args:
+        options: further ones of numba.njit.
+    """
+
+    def decorate(function: Callable) -> Any:
+        try:
+            return numba.njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # neither the package nor the home folder can be written to
+            return numba.njit(nogil=True, **options)(function)
+
+    return decorate
