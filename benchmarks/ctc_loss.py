@@ -3,9 +3,9 @@
 Needs the project's own dependencies. PyTorch, optax and tf-seq2seq-losses join where they are installed:
 `pip install -r benchmarks/requirements.lock` brings them. A figure is the median time of a loss with its gradient in
 float32, ending as a NumPy array. The losses take turns, so that a busy machine slows them all, and each may use all
-cores. "error" is the largest absolute error of a gradient against a float64 recursion in logarithms, "memory" the
-growth of a process's peak by a loss of 16 lines of 1,024 frames, 100 classes and 200 labels, whose logits and gradient
-are 6 MiB each. The last table shows how our time grows with the size of the batch.
+cores. "error" is the largest absolute error of a gradient against a float64 recursion in logarithms, "memory" by
+how much the peak of a process with 32 lines of 2,048 frames, 100 classes and 400 labels exceeds that of one with next
+to nothing; logits and gradient are 25 MiB each. The last table shows how our time grows with the size of the batch.
 """
 
 import os
@@ -26,7 +26,7 @@ import tensorflow as tf
 from htr_pipeline.core.ctc.loss import ctc_loss
 
 SHAPES = [(32, 128, 80, 32), (16, 256, 100, 80), (64, 64, 80, 20), (8, 512, 200, 120)]  # B, T, K, N
-MEMORY_SHAPE = (16, 1024, 100, 200)
+MEMORY_SHAPE = (32, 2048, 100, 400)
 GROWTH = [
     *[(4, frames, 80, 30) for frames in (128, 256, 512, 1024, 2048)],
     *[(lines, 128, 80, 30) for lines in (16, 64, 256)],
@@ -171,25 +171,21 @@ def compare(repeats):
             print(f"| {shape} | {name} | {milliseconds:.2f} | {ratio:.1f} x | {errors[name]:.0e} |", flush=True)
 
 
-def peak_mebibytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+def peak_with(name, shape):
+    """Peak memory of a process that computes this loss once, in MiB."""
+    command = [sys.executable, __file__, "--once", name, *map(str, shape)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def memory_of(name):
-    """Growth of this process's peak by one loss, after a small one has loaded and compiled what can be."""
-    LOSSES[name](*lines((2, 8, 5, 2)))()
-    labels, logits = lines(MEMORY_SHAPE)
-    before = peak_mebibytes()
-    LOSSES[name](labels, logits)()
-    print(peak_mebibytes() - before)
+def once(name, shape):
+    LOSSES[name](*lines(shape))()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2))
 
 
 def compare_memory():
     print("\n| loss | memory, MiB |\n| --- | ---: |")
     for name in LOSSES:
-        command = [sys.executable, __file__, "--memory-of", name]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
-        print(f"| {name} | {float(found):.0f} |", flush=True)
+        print(f"| {name} | {peak_with(name, MEMORY_SHAPE) - peak_with(name, (2, 8, 5, 2)):.0f} |", flush=True)
 
 
 def growth(repeats):
@@ -203,10 +199,10 @@ def growth(repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15, help="how often each loss is computed")
-    parser.add_argument("--memory-of", choices=LOSSES, help="only print what this loss adds to the peak, in MiB")
+    parser.add_argument("--once", nargs=5, metavar=("LOSS", "B", "T", "K", "N"), help="print one's peak memory, in MiB")
     arguments = parser.parse_args()
-    if arguments.memory_of:
-        memory_of(arguments.memory_of)
+    if arguments.once:
+        once(arguments.once[0], tuple(map(int, arguments.once[1:])))
     else:
         compare(arguments.repeats)
         compare_memory()

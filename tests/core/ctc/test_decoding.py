@@ -1,12 +1,17 @@
+import functools
 import itertools
 import math
+import random
+import threading
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from htr_pipeline.core.ctc.decoding import beam_search, greedy_search, line_confidence
+from htr_pipeline.core.ctc.decoding import beam_search, greedy_search, line_confidence, warm_up
+from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram, advance
+from htr_pipeline.core.ctc.lexicon import Lexicon, bare_word, is_letter
 
 # Two float64 sums of the same terms in another order.
 ROUNDING = 1e-9
@@ -65,12 +70,55 @@ def enumerate_labels(frames, blank):
     return sorted(possible, key=lambda pair: (-pair[1], len(pair[0]), pair[0]))
 
 
-def textbook_search(frames, blank, beam_width):
-    """Prefix beam search as in Hannun et al., arXiv 1408.2873, without a language model."""
+class Language:
+    """What models and lexicon make of labels, asked anew of the whole text each time, by the definitions."""
+
+    def __init__(self, characters, blank, model=None, alpha=0.5, beta=0.0, lexicon=None):
+        self.classes = [*characters[:blank], None, *characters[blank:]]
+        self.model, self.alpha, self.beta, self.lexicon = model, alpha, beta, lexicon
+        self.prior = functools.cache(self.prior)
+
+    def text(self, labels):
+        return "".join(self.classes[label] for label in labels)
+
+    def scores(self, labels):
+        """lm_score and lexicon_score of a whole line."""
+        text = self.text(labels)
+        return self.model.score(text) if self.model else 0.0, self.lexicon.score(text) if self.lexicon else 0.0
+
+    def total(self, labels):
+        lm_score, lexicon_score = self.scores(labels)
+        return self.alpha * lm_score + self.beta * len(labels) + lexicon_score
+
+    def prior(self, labels):
+        """What a prefix is worth during the search."""
+        text = self.text(labels)
+        words = text.split()
+        unfinished = words.pop() if words and not text[-1].isspace() else ""
+        lm_score = 0.0
+        if self.model:
+            state = self.model.start_state
+            for token in self.model.encode(" ".join(words) if isinstance(self.model, WordNGram) else text):
+                gain, state = advance(self.model.trie, state, token)
+                lm_score += gain
+        lexicon_score = self.lexicon.score(" ".join(words)) if self.lexicon else 0.0
+        if self.lexicon and self.lexicon.unknown_price == math.inf:
+            begun = "".join(itertools.dropwhile(lambda character: not is_letter(character), unfinished))
+            if begun and bare_word(begun) not in self.lexicon and not self.begins_a_word(begun):
+                return -math.inf
+        return self.alpha * lm_score + self.beta * len(labels) + lexicon_score
+
+    def begins_a_word(self, begun):
+        return any(word.startswith(begun) and set(word) <= set(self.classes) for word in self.lexicon._weights)
+
+
+def textbook_search(frames, blank, beam_width, language=None):
+    """Prefix beam search as in Hannun et al., arXiv 1408.2873: labels, scores, and under a language ctc_scores."""
+    prior = language.prior if language else lambda prefix: 0.0
 
     def rank(item):
         prefix, (ends_in_blank, ends_in_label) = item
-        return -np.logaddexp(ends_in_blank, ends_in_label), len(prefix), prefix
+        return -(np.logaddexp(ends_in_blank, ends_in_label) + prior(prefix)), len(prefix), prefix
 
     beam = {(): (0.0, -math.inf)}
     for frame in frames:
@@ -87,9 +135,17 @@ def textbook_search(frames, blank, beam_width):
                     following[longer][1] = np.logaddexp(following[longer][1], ends_in_blank + frame[label])
                 else:
                     following[longer][1] = np.logaddexp(following[longer][1], total + frame[label])
-        possible = [item for item in following.items() if max(item[1]) > -math.inf]
+        possible = [item for item in following.items() if max(item[1]) > -math.inf and prior(item[0]) > -math.inf]
         beam = dict(sorted(possible, key=rank)[:beam_width])
-    return [(prefix, float(np.logaddexp(*scores))) for prefix, scores in sorted(beam.items(), key=rank)]
+    if language is None:
+        return [(prefix, float(np.logaddexp(*scores))) for prefix, scores in sorted(beam.items(), key=rank)]
+    return ranked([(prefix, float(np.logaddexp(*scores))) for prefix, scores in beam.items()], language)
+
+
+def ranked(pairs, language):
+    """Labels, scores and ctc_scores from labels and ctc_scores, best first."""
+    found = [(labels, ctc_score + language.total(labels), ctc_score) for labels, ctc_score in pairs]
+    return sorted((f for f in found if f[1] > -math.inf), key=lambda f: (-f[1], len(f[0]), f[0]))
 
 
 class TestGreedySearch:
@@ -299,6 +355,264 @@ class TestBeamSearch:
             blank = int(random.integers(num_classes))
             found = beam_search(frames[None], blank_index=blank, beam_width=int(beam_width), top_paths=5)[0]
             assert_same_list(as_pairs(found), textbook_search(frames, blank, beam_width)[:5])
+
+
+# Few letters, so that words meet again and again: two letters, a sign within and after words, the space.
+LETTERS = "ab' "
+TEXTS = ["a ba", "ab a'b", "b", "a'b ba ab", "", "ba' b", "aa b a", "ab ab a"]
+
+
+def known_texts(seed, count=200, alphabet=LETTERS):
+    generator = random.Random(seed)
+    return ["".join(generator.choices(alphabet, k=generator.randrange(9))) for _ in range(count)]
+
+
+LANGUAGES = {
+    "characters": {"model": CharacterNGram.train(TEXTS, 3), "alpha": 0.7, "beta": 0.4},
+    "characters that the model does not know": {"model": CharacterNGram.train(["aa", "a a"], 4), "alpha": 1.3},
+    "words": {"model": WordNGram.train(TEXTS, 3), "alpha": 0.6, "beta": -0.3},
+    "words of which many are unknown": {"model": WordNGram.train(["a ba a", "ba"], 2), "alpha": 1.0},
+    "label bonus": {"beta": 0.8},
+    "strict lexicon": {"lexicon": Lexicon(["a", "ba", "a'b", "bab"])},
+    "open lexicon": {"lexicon": Lexicon(["a", "ba", "a'b"], unknown_price=1.5)},
+    "hot words": {"lexicon": Lexicon(unknown_price=0, hot_words={"ab": 2.0, "b": -0.5})},
+    "characters, lexicon and hot words": {
+        "model": CharacterNGram.train(TEXTS, 2),
+        "beta": 0.5,
+        "lexicon": Lexicon(["a", "aa"], unknown_price=0.7, hot_words={"b'a": 3.0}),
+    },
+    "words and strict lexicon": {
+        "model": WordNGram.train(TEXTS, 2),
+        "alpha": 0.9,
+        "lexicon": Lexicon(["ab", "a", "b"], hot_words={"ba": 1.0}),
+    },
+}
+
+
+def search_under(language, log_probs, blank, **options):
+    characters = [character for character in language.classes if character is not None]
+    return beam_search(
+        log_probs,
+        blank_index=blank,
+        characters=characters,
+        language_model=language.model,
+        alpha=language.alpha,
+        beta=language.beta,
+        lexicon=language.lexicon,
+        **options,
+    )
+
+
+def assert_same_hypotheses(hypotheses, expected, language):
+    """The expected labels and scores, whose parts are what models and lexicon say of the text, to the last bit."""
+    if not expected:
+        assert [(h.labels.tolist(), h.score) for h in hypotheses] == [([], -math.inf)]
+        return
+    assert [tuple(h.labels.tolist()) for h in hypotheses] == [labels for labels, _, _ in expected]
+    for hypothesis, (labels, score, ctc_score) in zip(hypotheses, expected, strict=True):
+        assert hypothesis.score == pytest.approx(score, rel=ROUNDING, abs=ROUNDING)
+        assert hypothesis.ctc_score == pytest.approx(ctc_score, rel=ROUNDING, abs=ROUNDING)
+        lm_score, lexicon_score = language.scores(labels)
+        assert hypothesis.lm_score == lm_score
+        assert hypothesis.lexicon_score == pytest.approx(lexicon_score)
+        prior = language.alpha * lm_score + language.beta * len(labels) + hypothesis.lexicon_score
+        assert hypothesis.score == hypothesis.ctc_score + prior
+
+
+class TestFusion:
+    @pytest.mark.parametrize("name", LANGUAGES)
+    @pytest.mark.parametrize("num_frames", [0, 1, 2, 4, 5])
+    def test_unpruned_search_lists_every_text_with_its_exact_score(self, name, num_frames):
+        for blank in (0, 2, 4):
+            language = Language(LETTERS, blank, **LANGUAGES[name])
+            frames = random_log_probs(num_frames + 10 * blank, num_frames, 5, scale=2)
+            (found,) = search_under(language, frames[None], blank, beam_width=10**6, top_paths=10**6)
+            assert_same_hypotheses(found, ranked(enumerate_labels(frames, blank), language), language)
+
+    @pytest.mark.parametrize("name", LANGUAGES)
+    @pytest.mark.parametrize("beam_width", [*range(1, 21, 2), 20])
+    def test_pruned_search_is_that_of_the_textbook(self, name, beam_width):
+        for scale in (0.5, 3.0):
+            log_probs = random_log_probs(beam_width, 2, 18, 5, scale=scale)
+            language = Language(LETTERS, 4, **LANGUAGES[name])
+            found = search_under(language, log_probs, 4, beam_width=beam_width, top_paths=beam_width)
+            for frames, hypotheses in zip(log_probs, found, strict=True):
+                assert_same_hypotheses(hypotheses, textbook_search(frames, 4, beam_width, language), language)
+
+    def test_equal_scores_rank_shorter_then_lexicographically_smaller_texts_first(self):
+        model = CharacterNGram.train(["ab", "ba"], 1)  # a is as likely as b
+        uniform = np.log(np.full((1, 3, 3), 1 / 3))
+        language = Language("ab", 2, model, alpha=1.0)
+        found = beam_search(uniform, characters="ab", language_model=model, alpha=1.0, top_paths=100)[0]
+        assert_same_hypotheses(found, ranked(enumerate_labels(uniform[0], 2), language), language)
+        for earlier, later in itertools.pairwise(found):
+            if earlier.score == later.score:
+                assert (len(earlier.labels), earlier.labels.tolist()) < (len(later.labels), later.labels.tolist())
+
+    @real_matrices
+    @pytest.mark.parametrize("folder", ["line", "wbs_bentham"])
+    @pytest.mark.parametrize("kind", ["characters", "words", "words and lexicon"])
+    def test_real_matrices(self, folder, kind):
+        matrix = MATRICES / folder / f"{FOLDERS[folder]}.csv"
+        log_probs = read_matrix(matrix)
+        characters = read_text(matrix, range(log_probs.shape[2] - 1))
+        corpus = (MATRICES / folder / "corpus.txt").read_text(encoding="utf-8").splitlines()
+        model = CharacterNGram.train(corpus, 4) if kind == "characters" else WordNGram.train(corpus, 2)
+        words = [word for line in corpus for word in line.split() if bare_word(word)]
+        lexicon = Lexicon(words, unknown_price=4, hot_words={words[0]: 1}) if "lexicon" in kind else None
+        language = Language(characters, len(characters), model, alpha=0.8, beta=0.5, lexicon=lexicon)
+        for beam_width in (1, 3, 10):
+            (found,) = search_under(language, log_probs, -1, beam_width=beam_width, top_paths=beam_width)
+            expected = textbook_search(log_probs[0], len(characters), beam_width, language)
+            assert_same_hypotheses(found, expected, language)
+
+    @real_matrices
+    def test_a_model_of_its_corpus_corrects_a_real_line(self):
+        matrix = MATRICES / "line" / "rnnOutput.csv"
+        log_probs = read_matrix(matrix)
+        characters = read_text(matrix, range(79))
+        corpus = (MATRICES / "line" / "corpus.txt").read_text(encoding="utf-8").splitlines()
+        model = CharacterNGram.train(corpus, 5)
+        (found,) = beam_search(log_probs, characters=characters, language_model=model, alpha=1.0)[0]
+        assert read_text(matrix, found.labels).startswith("the fake friend of the family")
+
+    @real_matrices
+    def test_strict_lexicon_lets_only_its_words_through_on_a_real_line(self):
+        matrix = MATRICES / "wbs_bentham" / "mat_2.csv"
+        log_probs = read_matrix(matrix)
+        characters = read_text(matrix, range(log_probs.shape[2] - 1))
+        words = (MATRICES / "wbs_bentham" / "corpus.txt").read_text(encoding="utf-8").split()
+        lexicon = Lexicon([word for word in words if bare_word(word)])
+        (found,) = beam_search(log_probs, characters=characters, lexicon=lexicon)[0]
+        assert read_text(matrix, found.labels) == "submitt both mental and corporeal, is far beyond any idea"
+
+    @pytest.mark.parametrize("name", ["characters", "words"])
+    def test_model_of_weight_zero_is_no_model(self, name):
+        log_probs = random_log_probs(3, 4, 30, 5)
+        model = LANGUAGES[name]["model"]
+        options = {"beam_width": 6, "top_paths": 4}
+        without = beam_search(log_probs, **options)
+        found = beam_search(log_probs, characters=LETTERS, language_model=model, alpha=0.0, **options)
+        assert [as_pairs(line) for line in found] == [as_pairs(line) for line in without]
+        assert all(h.score == h.ctc_score for line in found for h in line)
+
+    @pytest.mark.parametrize("name", LANGUAGES)
+    def test_line_depends_neither_on_its_batch_nor_on_threads_nor_on_padding(self, name):
+        log_probs = random_log_probs(5, 7, 30, 5, scale=2)
+        lengths = np.array([30, 0, 1, 29, 17, 30, 5])
+        language = Language(LETTERS, 4, **LANGUAGES[name])
+
+        def found(log_probs, lengths, num_threads=None):
+            lines = search_under(
+                language, log_probs, 4, logit_length=lengths, beam_width=7, top_paths=3, num_threads=num_threads
+            )
+            return [[(h.labels.tolist(), h.score, h.ctc_score, h.lm_score, h.lexicon_score) for h in x] for x in lines]
+
+        alone = [found(log_probs[i : i + 1], lengths[i : i + 1])[0] for i in range(7)]
+        assert found(log_probs, lengths, 1) == found(log_probs, lengths, 3) == found(log_probs, lengths) == alone
+
+    def test_random_languages_on_random_inputs_agree_with_the_textbook(self):
+        generator = np.random.default_rng(17)
+        for seed in range(60):
+            characters = "".join(generator.permutation(list("aé-. ")))[: generator.integers(1, 6)]
+            num_classes, blank = len(characters) + 1, int(generator.integers(len(characters) + 1))
+            texts = known_texts(seed, count=int(generator.integers(1, 30)), alphabet="aé-.b ")
+            order = int(generator.integers(1, 5))
+            model = [None, CharacterNGram.train(texts, order), WordNGram.train(texts, order)][generator.integers(3)]
+            words = [word for word in " ".join(texts).split() if bare_word(word)]
+            price = generator.choice([0.0, 2.0, math.inf])
+            hot_words = {word: generator.normal() for word in words[:2]}
+            lexicon = Lexicon(words[::2], unknown_price=price, hot_words=hot_words) if generator.integers(2) else None
+            language = Language(
+                characters, blank, model, float(generator.exponential()), float(generator.normal()), lexicon
+            )
+            logits = generator.normal(
+                scale=generator.choice([0.1, 1, 30]), size=(generator.integers(1, 16), num_classes)
+            )
+            logits[generator.random(logits.shape) < generator.choice([0, 0.3])] = -math.inf
+            logits[:, 0] = np.maximum(logits[:, 0], -5)  # leaves no frame without a possible class
+            frames = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+            beam_width = int(generator.integers(1, 12))
+            (found,) = search_under(language, frames[None], blank, beam_width=beam_width, top_paths=5)
+            assert_same_hypotheses(found, textbook_search(frames, blank, beam_width, language)[:5], language)
+
+    def test_white_space_around_words_costs_a_word_model_nothing(self):
+        model, lexicon = WordNGram.train(["a b"], 2), Lexicon(["a", "b"])
+        certain = np.full((1, 9, 4), -math.inf)
+        certain[0, np.arange(9), [2, 3, 2, 0, 2, 3, 2, 1, 2]] = 0.0  # "  a  b " over the classes a, b, space, blank
+        (found,) = beam_search(certain, characters="ab ", language_model=model, lexicon=lexicon)[0]
+        assert "".join("ab "[label] for label in found.labels) == "  a  b "
+        assert (found.lm_score, found.lexicon_score) == (model.score("a b"), 0.0)
+        assert found.word_spans.tolist() == [[2, 3], [5, 6]]
+
+    def test_nothing_that_a_strict_lexicon_allows_gives_the_empty_text_of_probability_zero(self):
+        certain = logs([1.0, 0.0, 0.0])
+        (found,) = beam_search(certain, characters="ab", lexicon=Lexicon(["ab"]))[0]
+        assert (found.labels.tolist(), found.score, found.word_spans.tolist()) == ([], -math.inf, [])
+
+    def test_positive_backoff_weights_do_not_mislead_the_pruning(self):
+        arpa = ["\\data\\", "ngram 1=5", "ngram 2=1", "", "\\1-grams:", "-9 <s> 2", "-2 </s>", "-2 a 3"]
+        arpa += ["-2 b", "-5 <unk>", "", "\\2-grams:", "-1 a b", "", "\\end\\"]
+        language = Language("ab", 2, CharacterNGram.from_arpa(arpa), alpha=2.0)
+        for seed in range(10):
+            frames = random_log_probs(seed, 12, 3)
+            (found,) = search_under(language, frames[None], 2, beam_width=4, top_paths=4)
+            assert_same_hypotheses(found, textbook_search(frames, 2, 4, language), language)
+
+
+class TestWordSpans:
+    def test_words_stand_between_spaces(self):
+        best = [3, 0, 4, 0, 1, 3, 2, 4, 3]  # " aab ." and blanks
+        log_probs = logs(*(np.where(np.arange(5) == label, 0.8, 0.05) for label in best))
+        for search in (greedy_search, beam_search):
+            ((found,),) = search(log_probs, characters="ab. ")
+            assert "".join("ab. "[label] for label in found.labels) == " aab . "
+            assert found.word_spans.tolist() == [[1, 4], [5, 6]]
+            first, end = found.word_spans[0]
+            assert (found.frame_spans[first, 0], found.frame_spans[end - 1, 1]) == (1, 5)
+
+    def test_there_are_none_without_characters(self):
+        assert beam_search(np.zeros((1, 0, 3)))[0][0].word_spans is None
+        assert beam_search(np.zeros((1, 0, 3)), characters="a ")[0][0].word_spans.shape == (0, 2)
+
+
+def test_warm_up_may_run_beside_a_search():
+    thread = threading.Thread(target=warm_up)
+    thread.start()
+    assert beam_search(logs([0.9, 0.1]))[0][0].labels.tolist() == [0]
+    thread.join()
+
+
+class TestWrongLanguage:
+    @pytest.mark.parametrize("given", [{"language_model": CharacterNGram.train(["a"], 1)}, {"lexicon": Lexicon(["a"])}])
+    def test_characters_are_needed(self, given):
+        with pytest.raises(ValueError, match="needs characters"):
+            beam_search(np.zeros((1, 3, 3)), **given)
+
+    @pytest.mark.parametrize("search", [greedy_search, beam_search])
+    def test_characters_fit_the_classes(self, search):
+        with pytest.raises(ValueError, match="3 characters for 3 classes: expected 2"):
+            search(np.zeros((1, 3, 3)), characters="abc")
+        with pytest.raises(ValueError, match=r"\['a', 'a'\]: expected distinct single code points"):
+            search(np.zeros((1, 3, 3)), characters="aa")
+        with pytest.raises(ValueError, match=r"\['bc'\]: expected distinct single code points"):
+            search(np.zeros((1, 3, 3)), characters=["a", "bc"])
+
+    @pytest.mark.parametrize("wrong", [-0.1, math.nan, math.inf])
+    def test_alpha(self, wrong):
+        with pytest.raises(ValueError, match=f"alpha = {wrong}: expected a finite weight of at least 0"):
+            beam_search(np.zeros((1, 3, 3)), alpha=wrong)
+
+    @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+    def test_beta(self, wrong):
+        with pytest.raises(ValueError, match=f"beta = {wrong}: expected a finite number"):
+            beam_search(np.zeros((1, 3, 3)), beta=wrong)
+
+    def test_types(self):
+        with pytest.raises(ValueError, match=r"language_model is 'fr\.arpa': expected a CharacterNGram or a WordNGram"):
+            beam_search(np.zeros((1, 3, 3)), characters="ab", language_model="fr.arpa")
+        with pytest.raises(ValueError, match=r"lexicon is \['a'\]: expected a Lexicon"):
+            beam_search(np.zeros((1, 3, 3)), characters="ab", lexicon=["a"])
 
 
 @pytest.mark.parametrize("search", [greedy_search, beam_search])

@@ -629,3 +629,24 @@ def test_damaged_arpa_is_read_or_refused_but_never_crashes():
         except ValueError:
             continue
         assert math.isfinite(model.score("ab cé x"))
+
+
+# --- For the search
+
+
+def test_spelling_has_the_words_that_the_classes_can_write_and_is_kept():
+    model = WordNGram.train(["le lé", "la"], 1)
+    classes = ("l", "", "e", "a", " ")
+    trie = model.spelling(classes)
+    assert model.spelling(classes) is trie
+    assert sorted(model.vocabulary[word] for word in trie["word"] if word) == ["la", "le"]
+    assert len(model.spelling(("e", ""))) == 2
+
+
+def test_no_token_exceeds_max_log_prob():
+    models = [CharacterNGram.train(random_texts(seed, 20), order) for seed in range(5) for order in (1, 2, 4)]
+    raised = ["\\data\\", "ngram 1=4", "ngram 2=1", "\\1-grams:", "-9 <s> 2", "-2 </s> 0", "-2 a 3", "-2 b 0"]
+    models.append(CharacterNGram.from_arpa([*raised, "\\2-grams:", "-1 a b", "\\end\\"]))
+    for model in models:
+        best = max(advance(model.trie, state, token)[0] for state in states_of(model) for token in predictable(model))
+        assert best <= model.max_log_prob

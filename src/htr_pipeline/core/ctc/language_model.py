@@ -10,6 +10,7 @@ characters or words in code point order. All logarithms are natural, except in A
 """
 
 import contextlib
+import functools
 import gzip
 import json
 import math
@@ -24,6 +25,8 @@ from typing import IO, Any, NamedTuple, Self
 
 import numba
 import numpy as np
+
+from htr_pipeline.core.ctc.lexicon import spelling_trie
 
 UNKNOWN, START, END = 0, 1, 2
 _SPECIAL = ("<unk>", "<s>", "</s>")
@@ -173,6 +176,12 @@ class _NGram:
 
         levels = _estimated(np.fromiter(tokens(), np.int32), len(vocabulary), int(order))
         return cls(int(order), vocabulary, _trie(*_flattened(levels)))
+
+    @functools.cached_property
+    def max_log_prob(self) -> float:
+        """A natural log that no token of any state exceeds, for search that wants to know before it asks."""
+        largest_backoff = max(0.0, float(self.trie["backoff"].max()))  # models of others may have weights above 1
+        return float(self.trie["log_prob"][1:-1].max()) + (self.order - 1) * largest_backoff
 
     def encode(self, text: str) -> np.ndarray:
         """(number of tokens,) int32: the tokens of a text, without <s> and </s>; UNKNOWN where the model lacks one."""
@@ -389,10 +398,21 @@ class WordNGram(_NGram):
     """
 
     kind = "word"
+    _spelling: tuple[tuple[str, ...], np.ndarray] | None = None
 
     @classmethod
     def train(cls, texts: Iterable[str], order: int = 3) -> Self:  # noqa: D102
         return super().train(texts, order)
+
+    def spelling(self, classes: tuple[str, ...]) -> np.ndarray:
+        """(N,) lexicon.SPELLING: the words as sequences of a network's classes; the last answer is kept.
+
+        Args:
+            classes: the character of each class, "" for the blank of CTC. Words with other characters are left out.
+        """
+        if self._spelling is None or self._spelling[0] != classes:
+            self._spelling = (classes, spelling_trie(["", "", "", *self.vocabulary[len(_SPECIAL) :]], classes))
+        return self._spelling[1]
 
     @staticmethod
     def _split(text: str) -> Sequence[str]:
