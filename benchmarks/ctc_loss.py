@@ -11,6 +11,7 @@ to nothing; logits and gradient are 25 MiB each. The last table shows how our ti
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not take the cores of the next in turn
 
 import argparse
 import importlib.util

@@ -316,6 +316,13 @@ def _lines(
             gradient[row + t * row_step, :] = 0.0
 
 
+def _aligned(like: np.ndarray) -> np.ndarray:
+    """An array like this one, whose memory TensorFlow takes over instead of copying it, for it begins at 64 bytes."""
+    memory = np.empty(like.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
+
+
 def loss_and_gradient(
     labels: np.ndarray,
     logits: np.ndarray,
@@ -352,7 +359,7 @@ def loss_and_gradient(
             f"Batch sizes differ: labels {len(labels)}, label_length {len(label_length)}, logits {batch}, "
             f"logit_length {len(logit_length)}. Is logits_time_major={time_major} right?"
         )
-    loss, gradient, status = np.empty(batch, logits.dtype), np.empty_like(logits), np.empty(batch, np.int32)
+    loss, gradient, status = np.empty(batch, logits.dtype), _aligned(logits), np.empty(batch, np.int32)
     if not batch:
         return loss, gradient, status
     flat = (-1, logits.shape[2])
