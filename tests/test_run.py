@@ -132,7 +132,7 @@ def test_tables_are_read_by_plain_pandas(toy):
     assert set(features["line_id"]) == set(frames["manifest"]["line_id"])
     assert all(len(row.pixels) == row.width_pixels * row.height_pixels for row in features.itertuples())
     assert len(frames["history"]) == 2
-    assert set(frames["predictions"]["decoder"]) == {"greedy", "beam"}
+    assert set(frames["predictions"]["decoder"]) == {"greedy", "beam", "beam_lm"}
     assert not set(frames["predictions"]["split"]) - {"validation", "test"}
 
 
@@ -169,6 +169,7 @@ answers = {
     "path": model.predict(pd.DataFrame({"image": [good, broken]})),
     "bytes": model.predict(pd.DataFrame({"image": [Path(good).read_bytes(), Path(broken).read_bytes()]})),
     "beam": model.predict(pd.DataFrame({"image": [good]}), params={"decoder": "beam", "beam_width": 3}),
+    "beam_lm": model.predict(pd.DataFrame({"image": [good]}), params={"decoder": "beam_lm"}),
 }
 print(json.dumps({name: json.loads(answer.to_json(orient="records")) for name, answer in answers.items()}))
 """
@@ -200,6 +201,7 @@ def test_champion_reads_paths_and_bytes_in_a_fresh_process_and_reports_a_broken_
         assert "the image cannot be decoded" in second["error"]
     assert str(broken) in answers["path"][1]["error"]
     assert answers["beam"][0]["error"] is None
+    assert answers["beam_lm"][0]["text"] == predictions.loc[("beam_lm", line["line_id"])]["hypothesis"]
 
 
 # --- parts of it, from what is on disk -------------------------------------------------------------------------------
@@ -210,7 +212,7 @@ def test_evaluation_alone_gives_the_same_predictions_again(project):
     before, old = pd.read_parquet(paths["predictions"]), mtimes(paths)
     succeed(project, "--pipeline", "evaluation")
     changed = {name for name, mtime in mtimes(paths).items() if mtime != old[name]}
-    assert changed == {"predictions", "metrics"}
+    assert changed == {"tuned_decoding", "predictions", "metrics"}
     pd.testing.assert_frame_equal(pd.read_parquet(paths["predictions"]), before)
 
 

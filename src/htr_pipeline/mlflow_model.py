@@ -21,6 +21,7 @@ from mlflow.types.schema import AnyType
 
 from htr_pipeline.core.batching import Line
 from htr_pipeline.core.config import UserError
+from htr_pipeline.core.ctc.language_model import CharacterNGram
 from htr_pipeline.core.image import ImageConfig, normalise_line, read_image
 from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.core.text import Charset
@@ -45,6 +46,8 @@ def signature(decoding: DecodingConfig) -> ModelSignature:
             [
                 ParamSpec("decoder", DataType.string, decoding.decoder),
                 ParamSpec("beam_width", DataType.long, decoding.beam_width),
+                ParamSpec("alpha", DataType.double, decoding.alpha),
+                ParamSpec("beta", DataType.double, decoding.beta),
             ]
         ),
     )
@@ -68,7 +71,7 @@ class LineReader(mlflow.pyfunc.PythonModel):
     """
 
     def load_context(self, context: Any) -> None:
-        """Loads network, charset and settings from the model's artifacts."""
+        """Loads network, charset, language model and settings from the model's artifacts."""
         import keras
 
         import htr_pipeline.core.model  # noqa: F401  registers the layers
@@ -77,13 +80,15 @@ class LineReader(mlflow.pyfunc.PythonModel):
         files = {name: Path(path) for name, path in context.artifacts.items()}
         settings = json.loads(files["settings"].read_text(encoding="utf-8"))
         self._features = ImageConfig(**settings["features"])
+        self._decoding = settings["decoding"]
+        self._language_model = CharacterNGram.load(files["language_model"])
         charset = Charset.from_json(files["charset"].read_text(encoding="utf-8"))
         self._network = Network(keras.models.load_model(files["network"], compile=False, safe_mode=True), charset)
 
     # Without type hints: MLflow would make a schema of its own of them.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """One row for each image: text, confidence (0 to 1), and the error where the image could not be read."""
-        decoding = DecodingConfig(**(params or {}))
+        decoding = DecodingConfig(**{**self._decoding, **(params or {})})
         images = list(model_input.iloc[:, 0]) if isinstance(model_input, pd.DataFrame) else list(model_input)
         rows = []
         for start in range(0, len(images), _CHUNK_LINES):
@@ -98,7 +103,7 @@ class LineReader(mlflow.pyfunc.PythonModel):
                 lines.append(Line(str(index), pixels, ""))
             except UserError as exc:
                 errors[index] = str(exc)
-        readings = iter(self._network.decode(self._network.log_probs(lines), decoding))
+        readings = iter(self._network.decode(self._network.log_probs(lines), decoding, self._language_model))
         rows: list[tuple[str | None, float | None, str | None]] = []
         for index in range(len(images)):
             if index in errors:

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from htr_pipeline.core.batching import Line, collate
 from htr_pipeline.core.ctc.decoding import Hypothesis, beam_search, greedy_search, line_confidence
+from htr_pipeline.core.ctc.language_model import CharacterNGram
 from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.core.text import Charset
@@ -63,8 +64,16 @@ class Network:
                 results[index] = computed[row, : num_frames(lines[index].pixels.shape[0])]
         return results
 
-    def decode(self, log_probs: Sequence[np.ndarray], decoding: DecodingConfig) -> list[Reading]:
-        """The best reading of each line."""
+    def decode(
+        self, log_probs: Sequence[np.ndarray], decoding: DecodingConfig, language_model: CharacterNGram | None = None
+    ) -> list[Reading]:
+        """The best reading of each line.
+
+        Args:
+            log_probs: as returned by the method of that name.
+            decoding: which decoder; with beam_lm alpha and beta are set.
+            language_model: for beam_lm.
+        """
         if not log_probs:
             return []
         length = np.array([len(frames) for frames in log_probs], np.int32)
@@ -73,8 +82,21 @@ class Network:
             padded[row, : len(frames)] = frames
         if decoding.decoder == "greedy":
             found = greedy_search(padded, length, blank_index=-1)
-        else:
+        elif decoding.decoder == "beam":
             found = beam_search(padded, length, blank_index=-1, beam_width=decoding.beam_width)
+        elif language_model is None or decoding.alpha is None or decoding.beta is None:
+            raise ValueError(f"{decoding}: beam_lm needs a language model, alpha and beta.")
+        else:
+            found = beam_search(
+                padded,
+                length,
+                blank_index=-1,
+                beam_width=decoding.beam_width,
+                characters=self._charset.characters,
+                language_model=language_model,
+                alpha=decoding.alpha,
+                beta=decoding.beta,
+            )
         return [self._reading(hypotheses[0]) for hypotheses in found]
 
     def _reading(self, hypothesis: Hypothesis) -> Reading:

@@ -45,9 +45,24 @@ def learning_rate(done: float, config: TrainingConfig) -> float:
     return config.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(falling, 1.0))))
 
 
+# Best path; prefix beam search; the same with a language model.
+DECODERS = ("greedy", "beam", "beam_lm")
+
+
 @config("decoding")
 class DecodingConfig:
     """How network outputs become text."""
 
-    decoder: str = setting(default="greedy", choices=("greedy", "beam"))  # of headline, gate and served model
+    decoder: str = setting(default="greedy", choices=DECODERS)  # of headline, gate and served model
     beam_width: int = setting(default=20, minimum=1)
+    # Of beam_lm: weight of the language model, bonus for each character. None: tuned on the validation lines.
+    alpha: float | None = setting(default=None, minimum=0.0)
+    beta: float | None = setting(default=None)
+
+
+@config("language_model")
+class LanguageModelConfig:
+    """The character n-gram model that beam_lm reads with."""
+
+    order: int = setting(default=6, minimum=1, maximum=10)
+    texts: str | None = setting(default=None)  # folder of more texts: .txt files, UTF-8, learnt from line by line

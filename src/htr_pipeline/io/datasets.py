@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from kedro.io import AbstractDataset
 
 from htr_pipeline.core.config import UserError
+from htr_pipeline.core.ctc.language_model import CharacterNGram
 from htr_pipeline.io.atomic import replace_folder, replacing
 from htr_pipeline.io.features import FeatureShards
 
@@ -95,6 +96,21 @@ class KerasModel(_FileDataset):
         return keras.models.load_model(self._filepath, compile=False, safe_mode=True)
 
     def save(self, data: Any) -> None:
+        """Writes the model."""
+        with replacing(self._filepath) as partial:
+            data.save(partial)
+
+
+class LanguageModel(_FileDataset):
+    """A character n-gram model in one .npz file."""
+
+    def load(self) -> CharacterNGram:
+        """Reads the model; nothing is unpickled."""
+        if not self._filepath.exists():
+            raise self._missing()
+        return CharacterNGram.load(self._filepath)
+
+    def save(self, data: CharacterNGram) -> None:
         """Writes the model."""
         with replacing(self._filepath) as partial:
             data.save(partial)

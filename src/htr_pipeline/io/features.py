@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,11 @@ class FeatureShards:
         """
         for row in self._rows(split, ["line_id", "pixels", "width_pixels", "height_pixels", "text"], rng):
             yield Line(row["line_id"], _pixels(row), row["text"])
+
+    def spread(self, split: str, most: int) -> list[Line]:
+        """At most that many lines, evenly from all of the split, so that every writer has a share."""
+        available = self.figures()["split"].to_pylist().count(split)
+        return list(islice(self.lines(split), 0, None, max(-(-available // most), 1)))
 
     def read_lines(self, line_ids: list[str]) -> dict[str, dict[str, Any]]:
         """Whole rows of some lines, by line_id."""

@@ -1,8 +1,10 @@
-"""Nodes: model, charset, features → predictions, metrics."""
+"""Nodes: model, charset, language model, features → tuned decoding, predictions, metrics."""
 
+import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import islice
 from typing import Any
@@ -14,16 +16,22 @@ from tqdm import tqdm
 
 from htr_pipeline.core.batching import Line
 from htr_pipeline.core.config import config, setting
+from htr_pipeline.core.ctc.language_model import CharacterNGram
 from htr_pipeline.core.metrics import bootstrap_interval, score_lines, signature
-from htr_pipeline.core.recipe import DecodingConfig
+from htr_pipeline.core.recipe import DECODERS, DecodingConfig
 from htr_pipeline.core.text import Charset
 from htr_pipeline.io.features import FeatureShards
 from htr_pipeline.io.manifest import PREDICTIONS, to_table
 
-DECODERS = ("greedy", "beam")
+logger = logging.getLogger(__name__)
+
 _SPLITS = ("validation", "test")
 # Lines whose network outputs are in memory at the same time.
 _CHUNK_LINES = 256
+# What is tried for the language model's weight and the bonus of a character, and on how many lines at most.
+_ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
+_BETAS = (0.0, 0.5, 1.0, 1.5, 2.0)
+_TUNING_LINES = 512
 
 
 @config("evaluation")
@@ -35,11 +43,35 @@ class EvaluationConfig:
     seed: int = setting(default=1, minimum=0)
 
 
-def read_lines(features: FeatureShards, model: Any, charset: str, decoding: DecodingConfig) -> pa.Table:
-    """Features, model, charset → predictions: validation and test lines read with every decoder."""
+def tune_decoding(
+    features: FeatureShards, model: Any, charset: str, language_model: CharacterNGram, decoding: DecodingConfig
+) -> dict[str, Any]:
+    """Features, model, language model → tuned_decoding: alpha and beta by the CER of the validation lines."""
     from htr_pipeline.core.inference import Network
 
     network = Network(model, Charset.from_json(charset))
+    lines = features.spread("validation", _TUNING_LINES)
+    log_probs, texts = network.log_probs(lines), [line.text for line in lines]
+    alphas = _ALPHAS if decoding.alpha is None else (decoding.alpha,)
+    betas = _BETAS if decoding.beta is None else (decoding.beta,)
+    tried = []
+    for alpha, beta in tqdm(list(itertools.product(alphas, betas)), desc="Tuning", unit="setting"):
+        setting = replace(decoding, decoder="beam_lm", alpha=alpha, beta=beta)
+        readings = network.decode(log_probs, setting, language_model)
+        tried.append((score_lines(texts, [reading.text for reading in readings]).cer, alpha, beta))
+    cer, alpha, beta = min(tried)  # of equals the least of the language model
+    logger.info("Beam search with alpha %.2f and beta %.1f reads the validation lines best: CER %.2f %%.",
+                alpha, beta, 100 * cer)  # fmt: skip
+    return asdict(replace(decoding, alpha=alpha, beta=beta))
+
+
+def read_lines(
+    features: FeatureShards, model: Any, charset: str, language_model: CharacterNGram, tuned_decoding: dict[str, Any]
+) -> pa.Table:
+    """Features, models, charset → predictions: validation and test lines read with every decoder."""
+    from htr_pipeline.core.inference import Network
+
+    network, decoding = Network(model, Charset.from_json(charset)), DecodingConfig(**tuned_decoding)
     columns = features.figures().select(["line_id", "split", "writer_id", "group"]).to_pylist()
     lines_by_id = {row["line_id"]: row for row in columns if row["split"] in _SPLITS}
     rows = []
@@ -47,7 +79,7 @@ def read_lines(features: FeatureShards, model: Any, charset: str, decoding: Deco
         for lines in _chunks(line for split in _SPLITS for line in features.lines(split)):
             log_probs = network.log_probs(lines)
             for decoder in DECODERS:
-                readings = network.decode(log_probs, replace(decoding, decoder=decoder))
+                readings = network.decode(log_probs, replace(decoding, decoder=decoder), language_model)
                 counts = score_lines([line.text for line in lines], [reading.text for reading in readings]).characters
                 for index, (line, reading) in enumerate(zip(lines, readings, strict=True)):
                     rows.append(
@@ -76,10 +108,11 @@ def measure_errors(
     features: FeatureShards,
     feature_stats: dict[str, Any],
     charset: str,
-    decoding: DecodingConfig,
+    tuned_decoding: dict[str, Any],
     evaluation: EvaluationConfig,
 ) -> dict[str, Any]:
     """Predictions → metrics."""
+    decoding = DecodingConfig(**tuned_decoding)
     table = predictions.drop_columns(["characters"]).to_pandas()
     table["group"] = table["group"].astype(object).where(table["group"].notna(), None)
     test = table[(table["split"] == "test") & (table["decoder"] == decoding.decoder)]
@@ -95,6 +128,7 @@ def measure_errors(
         "confidence": evaluation.confidence,
         "decoders": list(DECODERS),
         "headline": {"split": "test", "decoder": decoding.decoder},
+        "language_model": {"alpha": decoding.alpha, "beta": decoding.beta},
         "splits": {
             split: {
                 decoder: _score(table[(table["split"] == split) & (table["decoder"] == decoder)], evaluation)

@@ -14,6 +14,7 @@ from PIL import Image
 
 import htr_pipeline
 from htr_pipeline.core.config import config, setting
+from htr_pipeline.core.ctc.language_model import CharacterNGram
 from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.recipe import DecodingConfig
@@ -40,19 +41,23 @@ def register_model(
     features: FeatureShards,
     manifest: pa.Table,
     metrics: dict[str, Any],
+    language_model: CharacterNGram,
     image: ImageConfig,
-    decoding: DecodingConfig,
+    tuned_decoding: dict[str, Any],
     registration: RegistrationConfig,
 ) -> dict[str, Any]:
     """Model, charset, metrics → registration: a new version, and the alias moved to it if it reads better."""
     import mlflow
 
+    decoding = DecodingConfig(**tuned_decoding)
     headline = metrics["headline"]
     cer = metrics["splits"][headline["split"]][headline["decoder"]]["cer"]
     client = mlflow.MlflowClient()
     champion = _champion(client, registration)
     champion_cer = _champion_cer(champion, registration, manifest, metrics) if champion else None
-    number = str(_log_model(model, charset, features, image, decoding, registration).registered_model_version)
+    number = str(
+        _log_model(model, charset, language_model, features, image, decoding, registration).registered_model_version
+    )
     for tag in ("signature", "data_hash", "test_hash"):
         client.set_model_version_tag(registration.model_name, number, tag, metrics[tag])
     client.set_model_version_tag(registration.model_name, number, "cer", repr(cer))
@@ -110,6 +115,7 @@ def _reason(cer: float, champion_cer: float | None, champion: Any | None, split:
 def _log_model(
     model: Any,
     charset: str,
+    language_model: CharacterNGram,
     features: FeatureShards,
     image: ImageConfig,
     decoding: DecodingConfig,
@@ -120,8 +126,10 @@ def _log_model(
     from htr_pipeline import mlflow_model
 
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder) / name for name in ("network.keras", "charset.json", "settings.json")}
+        names = ("network.keras", "charset.json", "language_model.npz", "settings.json")
+        files = {name: Path(folder) / name for name in names}
         model.save(files["network.keras"])
+        language_model.save(files["language_model.npz"])
         files["charset.json"].write_text(charset, encoding="utf-8")
         mlflow_model.write_settings(files["settings.json"], image, decoding)
         return mlflow.pyfunc.log_model(

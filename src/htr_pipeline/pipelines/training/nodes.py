@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.batching import Line
-from htr_pipeline.core.config import config, setting
-from htr_pipeline.core.recipe import ModelConfig, TrainingConfig
-from htr_pipeline.core.text import Charset
+from htr_pipeline.core.config import UserError, config, setting
+from htr_pipeline.core.ctc.language_model import CharacterNGram
+from htr_pipeline.core.recipe import LanguageModelConfig, ModelConfig, TrainingConfig
+from htr_pipeline.core.text import Charset, normalise_text
 from htr_pipeline.io.checkpoints import FileCheckpoints
 from htr_pipeline.io.features import FeatureShards
 from htr_pipeline.io.manifest import HISTORY, to_table
@@ -38,6 +38,30 @@ def collect_charset(features: FeatureShards) -> str:
     """Features → charset: every character of the training texts."""
     figures = features.figures()
     return Charset.from_texts(figures.filter(pc.equal(figures["split"], "train"))["text"].to_pylist()).to_json()
+
+
+def train_language_model(features: FeatureShards, language_model: LanguageModelConfig) -> CharacterNGram:
+    """Features → language_model: a character n-gram model of the training texts, and of more texts if there are."""
+    figures = features.figures()
+    texts = figures.filter(pc.equal(figures["split"], "train"))["text"].to_pylist()
+    if language_model.texts:
+        texts += _lines_of_texts(Path(language_model.texts))
+    model = CharacterNGram.train(texts, order=language_model.order)
+    logger.info("Language model of order %d: %d lines, %d n-grams.", model.order, len(texts), len(model.trie) - 1)
+    return model
+
+
+def _lines_of_texts(folder: Path) -> list[str]:
+    files = sorted(folder.rglob("*.txt"))
+    if not files:
+        raise UserError(f"language_model.texts = {str(folder)!r}: expected a folder with .txt files.")
+    lines = []
+    for file in files:
+        try:
+            lines += file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as exc:
+            raise UserError(f"{file}: this is not UTF-8 ({exc.reason} at byte {exc.start}).") from None
+    return [text for text in map(normalise_text, lines) if text]
 
 
 def train(
@@ -62,7 +86,7 @@ def train(
         trained = train_network(
             read_training_lines,
             feature_stats["num_lines"]["train"],
-            _spread(features, feature_stats["num_lines"]["validation"], training.max_validation_lines),
+            features.spread("validation", training.max_validation_lines),
             Charset.from_json(charset),
             height_pixels=feature_stats["height_pixels"],
             model_config=model,
@@ -78,11 +102,6 @@ def train(
 def clear_checkpoint(model: Any, history: pa.Table, checkpoint: CheckpointConfig) -> None:
     """Removes the checkpoint once model and history are on disk: the next run trains anew."""
     Path(checkpoint.path).unlink(missing_ok=True)
-
-
-def _spread(features: FeatureShards, available: int, wanted: int) -> list[Line]:
-    """At most the wanted number of validation lines, evenly from all, so that every writer has a share."""
-    return list(islice(features.lines("validation"), 0, None, max(-(-available // wanted), 1)))
 
 
 class _TrainingProgress:

@@ -1,8 +1,8 @@
-"""features → charset, model, history."""
+"""features → charset, language_model, model, history."""
 
 from kedro.pipeline import Node, Pipeline
 
-from htr_pipeline.pipelines.training.nodes import clear_checkpoint, collect_charset, train
+from htr_pipeline.pipelines.training.nodes import clear_checkpoint, collect_charset, train, train_language_model
 
 
 def create_pipeline() -> Pipeline:
@@ -10,6 +10,12 @@ def create_pipeline() -> Pipeline:
     return Pipeline(
         [
             Node(collect_charset, "features", "charset", name="collect_charset"),
+            Node(
+                train_language_model,
+                ["features", "params:language_model"],
+                "language_model",
+                name="train_language_model",
+            ),
             Node(
                 train,
                 [
