@@ -25,7 +25,7 @@ run: $(INSTALLED) ## the main job on the demo data: from rendered handwriting to
 	$(BIN)/kedro run
 
 test: $(INSTALLED) ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED) ## ruff, import contracts, mypy on core and io
 	$(BIN)/ruff check .

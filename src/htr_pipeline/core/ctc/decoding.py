@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from htr_pipeline.core.ctc.compilation import compiled
 from htr_pipeline.core.ctc.language_model import (
     END,
     NODE,
@@ -32,7 +32,7 @@ from htr_pipeline.core.ctc.threads import num_cores
 _LOG_PROB_TOLERANCE = 1e-2
 _ROUNDING = 1e-6  # far above what sums of some hundred float64 scores are off
 
-_compiled = numba.njit(cache=True, nogil=True)
+_compiled = compiled()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

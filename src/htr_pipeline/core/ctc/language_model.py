@@ -23,9 +23,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
 
-import numba
 import numpy as np
 
+from htr_pipeline.core.ctc.compilation import compiled
 from htr_pipeline.core.ctc.lexicon import spelling_trie
 
 UNKNOWN, START, END = 0, 1, 2
@@ -52,7 +52,7 @@ NODE = np.dtype(
     ]
 )
 
-_compiled = numba.njit(cache=True, nogil=True)
+_compiled = compiled()
 
 File = str | os.PathLike[str] | IO[Any]
 
