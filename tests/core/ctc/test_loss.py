@@ -172,6 +172,15 @@ def test_repeated_label_needs_a_blank_between():
     np.testing.assert_allclose(unmerged, [math.log(4), math.log(8 / 3), math.log(16 / 6)], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("labels", "label_length", "message"),
+    [([[1, 1]], [3], "expected 0 to 2"), ([[1, 1]], [-1], "expected 0 to 2"), ([[1], [2]], [1], "2 rows")],
+)
+def test_required_frames_of_lengths_that_do_not_fit_are_refused(labels, label_length, message):
+    with pytest.raises(ValueError, match=message):
+        required_frames(labels, label_length)
+
+
 @pytest.mark.parametrize(("frames", "length"), [(12, 5), (100, 30), (2000, 600)])
 def test_uniform_logits_count_the_alignments(frames, length):
     # Without repeats there are (T + N choose 2 N) alignments: each of N labels begins and ends somewhere.

@@ -106,8 +106,15 @@ def required_frames(labels: Any, label_length: Any = None) -> tf.Tensor:
     Args:
         labels: as for ctc_loss.
         label_length: as for ctc_loss.
+
+    Raises:
+        ValueError: lengths do not fit the labels; in a graph only where their number does not.
     """
     labels, label_length = dense_labels(labels, label_length)
+    if not labels.shape[:1].is_compatible_with(label_length.shape):
+        raise ValueError(f"labels have {labels.shape[0]} rows, label_length has {label_length.shape[0]}.")
+    if tf.executing_eagerly() and tf.reduce_any((label_length < 0) | (label_length > tf.shape(labels)[1])):
+        raise ValueError(f"label_length = {label_length.numpy().tolist()}: expected 0 to {labels.shape[1]}.")
     pairs = tf.sequence_mask(label_length - 1, tf.maximum(tf.shape(labels)[1] - 1, 0))
     equal = (labels[:, 1:] == labels[:, :-1]) & pairs
     return label_length + tf.reduce_sum(tf.cast(equal, tf.int32), axis=1)
