@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from kedro.io import AbstractDataset
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.core.ctc.language_model import CharacterNGram
 from htr_pipeline.io.atomic import replace_folder, replacing
 from htr_pipeline.io.features import FeatureShards
 
@@ -104,13 +103,15 @@ class KerasModel(_FileDataset):
 class LanguageModel(_FileDataset):
     """A character n-gram model in one .npz file."""
 
-    def load(self) -> CharacterNGram:
+    def load(self) -> Any:
         """Reads the model; nothing is unpickled."""
         if not self._filepath.exists():
             raise self._missing()
+        from htr_pipeline.core.ctc.language_model import CharacterNGram
+
         return CharacterNGram.load(self._filepath)
 
-    def save(self, data: CharacterNGram) -> None:
+    def save(self, data: Any) -> None:
         """Writes the model."""
         with replacing(self._filepath) as partial:
             data.save(partial)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from htr_pipeline.core.ctc.inputs import Lines, checked_rows, label_with_blanks, read_lines, report
+from htr_pipeline.core.ctc.inputs import Lines, checked_rows, read_lines, report
+from htr_pipeline.core.ctc.kernel_xla import Trellis, make_trellis
 from htr_pipeline.core.ctc.loss import ctc_loss
 from htr_pipeline.core.ctc.problems import FINE, INFEASIBLE
 
@@ -135,28 +136,16 @@ def _batch_major(logits: tf.Tensor, time_major: bool) -> tf.Tensor:
 def _viterbi(lines: Lines, blank_index: int, time_major: bool, merge: bool) -> tuple[Alignment, tf.Tensor]:
     """What forced_align returns, and the (B,) status of each row."""
     rows = checked_rows(lines, blank_index, time_major, collapse=False)
-    logits = tf.stop_gradient(_batch_major(lines.logits, time_major))
-    real, frames_given, num_classes = logits.dtype, tf.shape(logits)[1], tf.shape(logits)[2]
-    blank = blank_index if blank_index >= 0 else num_classes + blank_index
-    labels, label_length, logit_length, status = rows
+    labels, label_length, _, status = rows
+    trellis = make_trellis(rows, tf.stop_gradient(lines.logits), blank_index, time_major, merge)
+    logits, in_line, states = trellis.logits, trellis.in_line, trellis.states
+    real, frames_given = logits.dtype, tf.shape(lines.logits)[0 if time_major else 1]
     in_label = tf.sequence_mask(label_length, tf.shape(labels)[1])  # (B, N)
 
-    num_frames = tf.maximum(frames_given, 1)  # XLA compiles no loop over nothing
-    in_line = tf.sequence_mask(logit_length, num_frames)  # (B, T)
-    logits = tf.pad(logits, [[0, 0], [0, num_frames - frames_given], [0, 0]])
-    logits = tf.where(in_line[:, :, tf.newaxis], logits, tf.zeros([], real))  # padding may hold NaN
-    states = label_with_blanks(labels, blank)  # (B, S)
-    # Logits are added up as they come: what the softmax takes off them is the same for all paths. So the sums of
-    # float32 logits are nearly always exact in float64, and so is the choice between paths.
-    emissions = tf.transpose(tf.gather(logits, states, axis=2, batch_dims=1), [1, 0, 2])  # (T, B, S)
-    visited, feasible = _best_states(states, label_length, emissions, in_line, merge)
+    visited, feasible = _best_states(trellis, label_length)
     path = tf.gather(states, visited, batch_dims=1)  # (B, T)
-
-    largest = tf.reduce_max(logits, axis=2)  # (B, T)
-    exponentials = tf.exp(logits - largest[:, :, tf.newaxis])
-    log_sums = tf.math.log(tf.reduce_sum(tf.cast(exponentials, tf.float64), axis=2))
-    frame_scores = tf.gather(logits, path, batch_dims=2) - largest
-    frame_scores = tf.where(in_line, tf.cast(frame_scores, tf.float64) - log_sums, 0.0)  # (B, T)
+    frame_scores = tf.cast(tf.gather(logits, path, batch_dims=2) - trellis.largest[:, :, 0], tf.float64)
+    frame_scores = tf.where(in_line, frame_scores - trellis.log_sums, 0.0)  # (B, T)
     feasible |= tf.reduce_any(tf.math.is_nan(logits), axis=[1, 2])  # NaN logits stay visible
     score = tf.where(feasible, tf.reduce_sum(frame_scores, axis=1), -math.inf)
     score = tf.where(tf.equal(status, FINE), score, math.nan)
@@ -178,28 +167,25 @@ def _viterbi(lines: Lines, blank_index: int, time_major: bool, merge: bool) -> t
     return Alignment(path, spans, tf.cast(label_scores, real), tf.cast(score, real)), status
 
 
-def _best_states(
-    states: tf.Tensor, label_length: tf.Tensor, emissions: tf.Tensor, in_line: tf.Tensor, merge: bool
-) -> tuple[tf.Tensor, tf.Tensor]:
+def _best_states(trellis: Trellis, label_length: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """State of the best path in each frame, behind the end of a line the one it ended in; whether there is a path.
 
+    Logits are added up as they come: what the softmax takes off them is the same for all paths. So the sums of float32
+    logits are nearly always exact in float64, and so is the choice between paths.
+
     Args:
-        states: (B, S) classes of the label with blanks between.
+        trellis: the batch.
         label_length: (B,).
-        emissions: (T, B, S) logit of each state.
-        in_line: (B, T) False behind the end of a line.
-        merge: ctc_merge_repeated.
 
     Returns:
         (B, T) int32; (B,) bool.
     """
+    states, stays, skipped_into = trellis.states, trellis.stays, trellis.skipped_into
+    emissions = tf.transpose(tf.gather(trellis.logits, states, axis=2, batch_dims=1), [1, 0, 2])  # (T, B, S)
     forbidden = tf.constant(-math.inf, tf.float64)
     num_frames, num_states = tf.shape(emissions)[0], tf.shape(states)[1]
-    in_line = tf.transpose(in_line)[:, :, tf.newaxis]  # (T, B, 1)
+    in_line = tf.transpose(trellis.in_line)[:, :, tf.newaxis]  # (T, B, 1)
     position = tf.range(num_states)
-    is_label = position % 2 == 1
-    stays = tf.ones_like(is_label) if merge else ~is_label
-    skipped_into = is_label & (position > 1) & ((states != tf.roll(states, 2, axis=1)) | (not merge))
 
     def forwards(t: tf.Tensor, score: tf.Tensor, moves: tf.TensorArray) -> tuple[tf.Tensor, tf.Tensor, tf.TensorArray]:
         before = tf.pad(score, [[0, 0], [2, 0]], constant_values=-math.inf)

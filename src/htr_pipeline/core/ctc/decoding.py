@@ -21,9 +21,9 @@ from htr_pipeline.core.ctc.language_model import (
     UNKNOWN,
     CharacterNGram,
     WordNGram,
-    _child,
     advance,
     advance_all,
+    child_of,
 )
 from htr_pipeline.core.ctc.lexicon import SPELLING, Lexicon, is_letter
 from htr_pipeline.core.ctc.threads import num_cores
@@ -567,7 +567,7 @@ def _look_up(lexicon, word_scores, kind, entry, label):
         return _end_entry(lexicon, word_scores, entry), 0
     if entry == 0 and kind == _OTHER:
         return 0.0, 0
-    child = _child(lexicon, entry, label) if entry >= 0 else 0
+    child = child_of(lexicon, entry, label) if entry >= 0 else 0
     if child != 0:
         return 0.0, child
     if kind == _LETTER:
@@ -589,7 +589,7 @@ def _extend(ngrams, spelling, lexicon, word_scores, kind, row_log_probs, row_nex
             log_prob, new.lm_state = _end_word(ngrams, spelling, old.lm_state, old.word)
             new.lm_score += log_prob
         else:
-            child = _child(spelling, old.word, label) if old.word >= 0 else 0
+            child = child_of(spelling, old.word, label) if old.word >= 0 else 0
             new.word = child if child != 0 else -1
     new.lexicon_score, new.entry = old.lexicon_score, 0
     if len(lexicon) > 0:

@@ -14,7 +14,7 @@ from htr_pipeline.core.ctc.problems import (
     LOGIT_LENGTH,
     raise_problems,
     warn_if_softmaxed,
-)  # fmt: skip
+)
 
 
 def is_compiled_by_xla() -> bool:

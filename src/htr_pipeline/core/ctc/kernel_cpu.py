@@ -23,7 +23,7 @@ from htr_pipeline.core.ctc.problems import (
     INFEASIBLE,
     LABEL_LENGTH,
     LOGIT_LENGTH,
-)  # fmt: skip
+)
 from htr_pipeline.core.ctc.threads import num_cores, thread_pool
 
 NEVER = -1e250  # the power of two of an impossible path

@@ -22,14 +22,14 @@ class _Mass(NamedTuple):
     power: tf.Tensor
 
 
-class _Trellis(NamedTuple):
+class Trellis(NamedTuple):
     """A batch made ready for the recursions.
 
     Attributes:
         logits: (B, T, K) float32 or float64, with at least one frame; 0 behind the end of a line.
         largest: (B, T, 1) largest logit of each frame, to which probabilities are relative.
         softmax: (B, T, K).
-        log_sums: (B,) float64. Sum over the frames of the log of what the softmax divided by.
+        log_sums: (B, T) float64. Log of what the softmax divided by; 0 behind the end of a line.
         in_line: (B, T) False behind the end of a line.
         states: (B, S) classes of the label l' of the paper: a blank before, between and behind the labels.
         last_blank: (B, S) True where that is the blank behind the label.
@@ -69,10 +69,10 @@ def loss_and_gradient(
     logits = lines.logits
     rows = checked_rows(lines, blank_index, time_major, collapse)
     frames_given = tf.shape(logits)[0 if time_major else 1]
-    trellis = _trellis(rows, logits, blank_index, time_major, merge)
+    trellis = make_trellis(rows, logits, blank_index, time_major, merge)
     real = trellis.logits.dtype
     log_likelihood, feasible, (posterior,) = _forward_backward(trellis)
-    loss = tf.cast(tf.maximum(trellis.log_sums - log_likelihood, 0.0), real)
+    loss = tf.cast(tf.maximum(tf.reduce_sum(trellis.log_sums, axis=1) - log_likelihood, 0.0), real)
     feasible |= tf.math.is_nan(loss)  # NaN logits stay visible
     loss = tf.where(feasible, loss, tf.constant(math.inf, real))
     is_fine = tf.equal(rows.status, FINE)
@@ -110,7 +110,7 @@ def hessian_vector_product(
     frames_given = tf.shape(lines.logits)[0 if time_major else 1]
     real = tf.float64 if lines.logits.dtype == tf.float64 else tf.float32
     rows = checked_rows(lines, blank_index, time_major, collapse)
-    trellis = _trellis(rows, tf.cast(lines.logits, tf.float64), blank_index, time_major, merge)
+    trellis = make_trellis(rows, tf.cast(lines.logits, tf.float64), blank_index, time_major, merge)
     direction = _batch_major(tf.cast(direction, tf.float64), time_major, trellis.in_line)
     # What all classes of a frame have in common changes nothing: taken off, the sums along the paths stay small.
     direction -= tf.reduce_sum(trellis.softmax * direction, axis=2, keepdims=True)
@@ -122,7 +122,8 @@ def hessian_vector_product(
     return tf.cast(_in_layout(product, trellis.in_line & feasible[:, tf.newaxis], frames_given, time_major), real)
 
 
-def _trellis(rows: Rows, logits: tf.Tensor, blank_index: int, time_major: bool, merge: bool) -> _Trellis:
+def make_trellis(rows: Rows, logits: tf.Tensor, blank_index: int, time_major: bool, merge: bool) -> Trellis:
+    """The batch made ready; the arguments are those of loss_and_gradient, rows checked."""
     real = tf.float64 if logits.dtype == tf.float64 else tf.float32
     num_frames = tf.shape(logits)[0 if time_major else 1]
     blank = blank_index if blank_index >= 0 else tf.shape(logits)[2] + blank_index
@@ -137,11 +138,11 @@ def _trellis(rows: Rows, logits: tf.Tensor, blank_index: int, time_major: bool, 
     states = label_with_blanks(rows.labels, blank)
     position = tf.range(tf.shape(states)[1])
     is_label = tf.equal(position % 2, 1)
-    return _Trellis(
+    return Trellis(
         logits=logits,
         largest=largest,
         softmax=exponentials / tf.reduce_sum(exponentials, axis=2, keepdims=True),
-        log_sums=tf.reduce_sum(tf.where(in_line, log_sums, 0.0), axis=1),
+        log_sums=tf.where(in_line, log_sums, 0.0),
         in_line=in_line,
         states=states,
         last_blank=tf.equal(position, 2 * rows.label_length[:, tf.newaxis]),
@@ -164,7 +165,7 @@ def _in_layout(values: tf.Tensor, kept: tf.Tensor, num_frames: tf.Tensor, time_m
     return tf.transpose(values, [1, 0, 2]) if time_major else values
 
 
-def _per_class(values: tf.Tensor, trellis: _Trellis) -> tf.Tensor:
+def _per_class(values: tf.Tensor, trellis: Trellis) -> tf.Tensor:
     """(T, B, S) values of the states summed up for each class, (B, T, K)."""
     batch, num_frames, num_classes = tf.unstack(tf.shape(trellis.logits))
     classes = trellis.states + num_classes * tf.range(batch)[:, tf.newaxis]
@@ -174,7 +175,7 @@ def _per_class(values: tf.Tensor, trellis: _Trellis) -> tf.Tensor:
 
 
 def _forward_backward(
-    trellis: _Trellis, direction: tf.Tensor | None = None
+    trellis: Trellis, direction: tf.Tensor | None = None
 ) -> tuple[tf.Tensor, tf.Tensor, tuple[tf.Tensor, ...]]:
     """The recursions of Graves 2006, equations 6 to 11, and the posteriors of equation 14.
 

@@ -9,6 +9,7 @@ starts as model.start_state; the end of the line is the token END. Tokens are nu
 characters or words in code point order. All logarithms are natural, except in ARPA files.
 """
 
+import abc
 import contextlib
 import functools
 import gzip
@@ -58,7 +59,7 @@ File = str | os.PathLike[str] | IO[Any]
 
 
 @_compiled
-def _child(trie, node, token):
+def child_of(trie, node, token):
     """The child of a node by its token, or 0."""
     low, high = trie[node].first_child, trie[node + 1].first_child
     while low < high:
@@ -87,7 +88,7 @@ def advance(trie, state, token):
     """
     log_prob = 0.0
     while state != 0:
-        child = _child(trie, state, token)
+        child = child_of(trie, state, token)
         if child != 0:
             return log_prob + trie[child].log_prob, trie[child].next_state
         log_prob += trie[state].backoff
@@ -119,7 +120,7 @@ def advance_all(trie, state, log_probs, states):
         state = trie[state].suffix
 
 
-class _NGram:
+class _NGram(abc.ABC):
     """What character and word models share; use CharacterNGram or WordNGram.
 
     Attributes:
@@ -337,12 +338,14 @@ class _NGram:
             stream.write("\n\\end\\\n")
 
     @staticmethod
+    @abc.abstractmethod
     def _split(text: str) -> Sequence[str]:
-        raise NotImplementedError
+        """The tokens of a text."""
 
     @staticmethod
+    @abc.abstractmethod
     def _is_token(token: str) -> bool:
-        raise NotImplementedError
+        """Whether that can be a token of this kind of model."""
 
     @classmethod
     def _token_of_name(cls, name: str, space_token: str) -> str | None:
@@ -527,7 +530,7 @@ def _link(trie):
                     if context == 0:
                         suffix = 1 + token
                     else:
-                        suffix = _child(trie, context, token)
+                        suffix = child_of(trie, context, token)
                         if suffix == 0:
                             log_prob += trie[context].backoff
                             context = trie[context].suffix

@@ -18,7 +18,7 @@ from htr_pipeline.core.ctc.inputs import (
     is_compiled_by_xla,
     read_lines,
     report,
-)  # fmt: skip
+)
 from htr_pipeline.core.ctc.problems import FINE, INFEASIBLE, raise_problems, warn_if_softmaxed
 
 
@@ -65,7 +65,8 @@ def ctc_loss(
             jit_compile=True, which has no assertions, the row has loss NaN and gradient 0.
 
     Note:
-        XLA compiles once for every combination of B, T and N; bring batches to a few sizes when training.
+        On a GPU and in callers with jit_compile=True, XLA compiles once for every combination of B, T and N: bring
+        batches to a few sizes there.
 
     Source: Graves et al., ICML 2006, section 4.1; the options are those of tf.compat.v1.nn.ctc_loss.
     """
@@ -148,9 +149,8 @@ def _loss_and_gradient(lines: Lines, options: _Options, worst_allowed: int) -> t
         loss, gradient, status = map(tf.convert_to_tensor, compute(*(tensor.numpy() for tensor in arguments)))
     else:
         loss, gradient, status = tf.numpy_function(compute, arguments, [real, real, tf.int32], stateful=False)
-        for found, shape in ((loss, lines.label_length.shape), (gradient, lines.logits.shape)):
-            found.set_shape(shape)
-        status.set_shape(lines.label_length.shape)
+        for found, like in ((loss, lines.label_length), (gradient, lines.logits), (status, lines.label_length)):
+            found.set_shape(like.shape)
     return loss, gradient, status
 
 

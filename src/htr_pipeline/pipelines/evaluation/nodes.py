@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from htr_pipeline.core.batching import Line
 from htr_pipeline.core.config import config, setting
-from htr_pipeline.core.ctc.language_model import CharacterNGram
 from htr_pipeline.core.metrics import bootstrap_interval, score_lines, signature
 from htr_pipeline.core.recipe import DECODERS, DecodingConfig
 from htr_pipeline.core.text import Charset
@@ -44,7 +43,7 @@ class EvaluationConfig:
 
 
 def tune_decoding(
-    features: FeatureShards, model: Any, charset: str, language_model: CharacterNGram, decoding: DecodingConfig
+    features: FeatureShards, model: Any, charset: str, language_model: Any, decoding: DecodingConfig
 ) -> dict[str, Any]:
     """Features, model, language model → tuned_decoding: alpha and beta by the CER of the validation lines."""
     from htr_pipeline.core.inference import Network
@@ -66,7 +65,7 @@ def tune_decoding(
 
 
 def read_lines(
-    features: FeatureShards, model: Any, charset: str, language_model: CharacterNGram, tuned_decoding: dict[str, Any]
+    features: FeatureShards, model: Any, charset: str, language_model: Any, tuned_decoding: dict[str, Any]
 ) -> pa.Table:
     """Features, models, charset → predictions: validation and test lines read with every decoder."""
     from htr_pipeline.core.inference import Network

@@ -14,7 +14,6 @@ from PIL import Image
 
 import htr_pipeline
 from htr_pipeline.core.config import config, setting
-from htr_pipeline.core.ctc.language_model import CharacterNGram
 from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.recipe import DecodingConfig
@@ -41,7 +40,7 @@ def register_model(
     features: FeatureShards,
     manifest: pa.Table,
     metrics: dict[str, Any],
-    language_model: CharacterNGram,
+    language_model: Any,
     image: ImageConfig,
     tuned_decoding: dict[str, Any],
     registration: RegistrationConfig,
@@ -115,7 +114,7 @@ def _reason(cer: float, champion_cer: float | None, champion: Any | None, split:
 def _log_model(
     model: Any,
     charset: str,
-    language_model: CharacterNGram,
+    language_model: Any,
     features: FeatureShards,
     image: ImageConfig,
     decoding: DecodingConfig,

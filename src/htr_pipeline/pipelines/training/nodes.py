@@ -17,7 +17,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.batching import Line
 from htr_pipeline.core.config import UserError, config, setting
-from htr_pipeline.core.ctc.language_model import CharacterNGram
 from htr_pipeline.core.recipe import LanguageModelConfig, ModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset, normalise_text
 from htr_pipeline.io.checkpoints import FileCheckpoints
@@ -40,8 +39,10 @@ def collect_charset(features: FeatureShards) -> str:
     return Charset.from_texts(figures.filter(pc.equal(figures["split"], "train"))["text"].to_pylist()).to_json()
 
 
-def train_language_model(features: FeatureShards, language_model: LanguageModelConfig) -> CharacterNGram:
+def train_language_model(features: FeatureShards, language_model: LanguageModelConfig) -> Any:
     """Features → language_model: a character n-gram model of the training texts, and of more texts if there are."""
+    from htr_pipeline.core.ctc.language_model import CharacterNGram
+
     figures = features.figures()
     texts = figures.filter(pc.equal(figures["split"], "train"))["text"].to_pylist()
     if language_model.texts:
