@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -53,7 +54,7 @@ def make_manifest(root, num_lines=NUM_LINES):
                 }
             )
     # Not in the order of the shards.
-    return to_table(rows[::-1], MANIFEST, {"image_root": str(root)})
+    return to_table(rows[::-1], MANIFEST, {"image_roots": json.dumps({"test": str(root)})})
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_unchanged_shards_are_taken_over_and_only_changed_ones_made_anew(tmp_pat
         if not path.name.startswith("validation"):
             path.unlink()
     rows = [row | {"text": "new text"} if row["line_id"] == "validation-01" else row for row in manifest.to_pylist()]
-    features = save(folder, to_table(rows, MANIFEST, {"image_root": str(tmp_path / "images")}))
+    features = save(folder, to_table(rows, MANIFEST, {"image_roots": json.dumps({"test": str(tmp_path / "images")})}))
     new = files(folder)
     assert {name for name in old if new[name] != old[name]} == {"split=validation/shard-00000.parquet"}
     assert features.read_lines(["validation-01"])["validation-01"]["text"] == "new text"
@@ -255,7 +256,7 @@ def test_shuffled_lines_come_once_each_and_in_the_same_order_for_the_same_seed(t
 def test_data_hash_follows_texts_images_and_splits(tmp_path, manifest):
     features = save(tmp_path / "features", manifest)
     rows = manifest.to_pylist()
-    metadata = {"image_root": str(tmp_path / "images")}
+    metadata = {"image_roots": json.dumps({"test": str(tmp_path / "images")})}
     other_text = to_table([rows[0] | {"text": "other"}, *rows[1:]], MANIFEST, metadata)
     other_image = to_table([rows[0] | {"content_hash": "f" * 64}, *rows[1:]], MANIFEST, metadata)
     hashes = {

@@ -10,9 +10,9 @@ from PIL import Image
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig
-from htr_pipeline.io.importers import SourceConfig
+from htr_pipeline.io.importers import SourceConfig, SourcesConfig
 from htr_pipeline.io.importers.demo import DemoConfig
-from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, to_table
+from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, image_roots, to_table
 from htr_pipeline.pipelines.data_validation.expectations import (
     ValidationConfig,
     Validator,
@@ -22,7 +22,7 @@ from htr_pipeline.pipelines.data_validation.expectations import (
     set_checks,
     unknown_characters,
 )
-from htr_pipeline.pipelines.data_validation.nodes import check_manifest, import_source, validate_lines
+from htr_pipeline.pipelines.data_validation.nodes import check_manifest, import_sources, validate_lines
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -257,15 +257,17 @@ def test_line_folder_becomes_a_manifest_split_by_writer_twice_the_same(tmp_path)
     config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_rejected_share=0.1)
     runs = []
     for _ in range(2):
-        validated, rejected, summary = validate_lines(*import_source(source, DemoConfig()), config, ImageConfig())
+        validated, rejected, summary = validate_lines(
+            *import_sources(source, SourcesConfig(), DemoConfig()), config, ImageConfig()
+        )
         runs.append((check_manifest(validated, rejected, summary, config), rejected, summary))
     assert runs[0] == runs[1]
     manifest, rejected, _ = runs[0]
     frame = manifest.to_pandas()
-    assert frame["line_id"].is_monotonic_increasing
+    assert frame["line_id"].is_monotonic_increasing  # the order of the source
     assert frame.groupby("writer_id")["split"].nunique().eq(1).all()
     assert set(frame["split"]) == {"train", "validation", "test"}
-    assert manifest.schema.metadata[b"image_root"] == str(tmp_path / "source").encode()
+    assert image_roots(manifest) == {"source": tmp_path / "source"}
     assert rejected.to_pylist()[0]["file"] == "writer0/line0.png"
 
 
@@ -281,6 +283,7 @@ def test_pipeline_saves_the_rejected_lines_before_it_stops(tmp_path):
     catalog = DataCatalog(
         {
             "params:source": MemoryDataset(SourceConfig(path=str(tmp_path / "source"))),
+            "params:sources": MemoryDataset(SourcesConfig()),
             "params:demo": MemoryDataset(DemoConfig()),
             "params:features": MemoryDataset(ImageConfig()),
             "params:validation": MemoryDataset(
@@ -298,8 +301,9 @@ def test_validation_of_real_lines_rejects_none_and_repeats_itself(tmp_path):
     if not (SHARED / "copiste_fr").exists():
         pytest.skip(f"{SHARED / 'copiste_fr'} is not here")
     config = ValidationConfig(docs_path=str(tmp_path / "docs"))
-    imported = import_source(SourceConfig(path=str(SHARED / "copiste_fr")), DemoConfig())
-    assert imported[0].equals(import_source(SourceConfig(path=str(SHARED / "copiste_fr")), DemoConfig())[0])
+    arguments = (SourceConfig(path=str(SHARED / "copiste_fr")), SourcesConfig(), DemoConfig())
+    imported = import_sources(*arguments)
+    assert imported[0].equals(import_sources(*arguments)[0])
     validated, rejected, summary = validate_lines(*imported, config, ImageConfig())
     manifest = check_manifest(validated, rejected, summary, config)
     assert (manifest.num_rows, rejected.num_rows) == (4442, 0)

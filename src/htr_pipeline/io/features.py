@@ -22,7 +22,7 @@ from tqdm import tqdm
 from htr_pipeline.core.batching import Line
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig, normalise_line, read_image
-from htr_pipeline.io.manifest import FEATURES, SCHEMA_VERSION, SPLITS
+from htr_pipeline.io.manifest import FEATURES, SCHEMA_VERSION, SPLITS, image_roots
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class ShardPlan:
     """What the shards of a manifest will hold; `write` makes them.
 
     Attributes:
-        manifest: table of io.manifest.MANIFEST with the metadata entry image_root.
+        manifest: table of io.manifest.MANIFEST with the metadata entry image_roots.
         config: how lines are normalised.
     """
 
@@ -49,7 +49,7 @@ class ShardPlan:
         Raises:
             UserError: an image cannot be read any more.
         """
-        root = Path(self.manifest.schema.metadata[b"image_root"].decode())
+        roots = image_roots(self.manifest)
         shards = list(self._shards())
         wanted = {name for name, _, _ in shards}
         for path in sorted(folder.rglob("*.parquet")):
@@ -64,7 +64,7 @@ class ShardPlan:
                 shutil.copy2(previous / name, _beside(folder / name))
                 _beside(folder / name).replace(folder / name)
             else:
-                missing.append((rows, root, folder / name, key, self.config))
+                missing.append((rows, roots, folder / name, key, self.config))
         folder.mkdir(parents=True, exist_ok=True)
         if reused := len(shards) - len(missing):
             logger.info("%d of %d shards are unchanged and kept.", reused, len(shards))
@@ -75,7 +75,7 @@ class ShardPlan:
 
     def _shards(self) -> Iterator[tuple[str, list[dict[str, Any]], str]]:
         """(file name, manifest rows, key of the content) of each shard, in a fixed order."""
-        columns = ["line_id", "split", "writer_id", "group", "text", "image_path", "content_hash"]
+        columns = ["line_id", "split", "writer_id", "group", "text", "source", "image_path", "content_hash"]
         settings = {k: v for k, v in asdict(self.config).items() if k not in ("num_workers", "shard_lines")}
         table = self.manifest.select(columns)
         for split in SPLITS:
@@ -163,12 +163,14 @@ def _run(jobs: list[tuple], num_workers: int) -> Iterator[int]:
         yield from pool.map(_write_shard, *zip(*jobs, strict=True))
 
 
-def _write_shard(rows: list[dict[str, Any]], root: Path, path: Path, key: str, config: ImageConfig) -> int:
+def _write_shard(rows: list[dict[str, Any]], roots: dict[str, Path], path: Path, key: str, config: ImageConfig) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = FEATURES.with_metadata({**FEATURES.metadata, "shard_key": key})
     with pq.ParquetWriter(_beside(path), schema, compression="zstd") as writer:
         for start in range(0, len(rows), _ROW_GROUP_LINES):
-            features = [_feature_row(row, root, config) for row in rows[start : start + _ROW_GROUP_LINES]]
+            features = [
+                _feature_row(row, roots[row["source"]], config) for row in rows[start : start + _ROW_GROUP_LINES]
+            ]
             writer.write_table(pa.Table.from_pylist(features, schema=schema))
     with _beside(path).open("rb+") as stream:
         os.fsync(stream.fileno())

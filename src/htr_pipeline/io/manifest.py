@@ -1,6 +1,8 @@
 """The tables that the pipelines exchange: one Arrow schema each, with a version in the file's metadata."""
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +18,9 @@ def _schema(table: str, fields: list[pa.Field]) -> pa.Schema:
 def _required(name: str, kind: pa.DataType) -> pa.Field:
     return pa.field(name, kind, nullable=False)
 
+
+# Reason of a rejected line that the source's own split files leave out, as published results do: no sign of bad data.
+LEFT_OUT = "left_out"
 
 _POINTS = pa.list_(pa.list_(pa.int32()))
 
@@ -140,3 +145,12 @@ def to_table(
     entries: dict[Any, Any] = dict(schema.metadata or {})
     entries.update(metadata or {})
     return table.replace_schema_metadata(entries)
+
+
+def image_roots(manifest: pa.Table) -> dict[str, Path]:
+    """The folder that image paths are relative to, for each name in the column `source`.
+
+    Args:
+        manifest: table of MANIFEST whose metadata has the entry image_roots, a JSON object.
+    """
+    return {name: Path(root) for name, root in json.loads((manifest.schema.metadata or {})[b"image_roots"]).items()}

@@ -2,8 +2,9 @@
 
 A reader is a function (path, config) -> rows, one dictionary for each line that it met, in a fixed order. A row has
 `line_id` and `file` (relative to the source's folder) and, as far as the format tells, `text`, `image_path`, `split`,
-`writer_id`, `page_id`, `group`. A row that cannot become a line has `reason` (a code) and `detail` (a sentence)
-instead. Another format is another module beside this one and one entry in READERS.
+`writer_id`, `page_id`, `group` and `image_name` (what an unpacked image was called before). A row that cannot become a
+line has `reason` (a code) and `detail` (a sentence) instead. Another format is another module beside this one and one
+entry in READERS.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from tqdm import tqdm
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.image import read_image
 from htr_pipeline.core.text import normalise_text
-from htr_pipeline.io.importers.lines import TEXT_SUFFIX, read_lines
-from htr_pipeline.io.importers.table import TABLE_SUFFIXES, find_tables, read_table
+from htr_pipeline.io.importers.iam import is_iam, read_iam
+from htr_pipeline.io.importers.lines import has_lines, read_lines
+from htr_pipeline.io.importers.table import TABLE_SUFFIXES, find_tables, read_table, unpacked_folder
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ class SourceConfig:
     """
 
     path: str = setting(default="data/01_raw/demo")
-    format: str = setting(default="auto", choices=("auto", "lines", "table", "demo"))
+    format: str = setting(default="auto", choices=("auto", "lines", "table", "iam", "demo"))
     image_column: str | None = setting(default=None)
     text_column: str | None = setting(default=None)
     split_column: str | None = setting(default=None)
@@ -42,7 +45,10 @@ class SourceConfig:
     page_column: str | None = setting(default=None)
     group_column: str | None = setting(default=None)
     id_column: str | None = setting(default=None)
+    unpack_path: str = setting(default="data/01_raw/unpacked")  # where images go that lie within a table
+    iam_text: str = setting(default="auto", choices=("auto", "lines", "words", "xml"))
     writer_pattern: str | None = setting(default=None)  # searched in the image path; its one group is the writer
+    split: str = setting(default="given", choices=("given", "by_writer", "train", "validation", "test"))
     unicode_form: str = setting(default="NFC", choices=("NFC", "NFD", "NFKC", "NFKD"))
     validation_share: float = setting(default=0.1, minimum=0.01, maximum=0.4)  # of the writers that have no split yet
     test_share: float = setting(default=0.1, minimum=0.01, maximum=0.4)
@@ -63,8 +69,39 @@ class SourceConfig:
             )
 
 
+@dataclass(frozen=True, init=False)
+class SourcesConfig:
+    """Several sources by name. Each entry overrides settings of `source`, but has a path and a format of its own.
+
+    Raises:
+        UserError: by the constructor: a name or an entry that cannot be used.
+    """
+
+    entries: dict[str, dict[str, Any]]
+
+    def __init__(self, **entries: dict[str, Any]) -> None:
+        for name, entry in entries.items():
+            if not re.fullmatch(r"[\w-]+", name):
+                raise UserError(f"sources.{name}: a name has letters, digits, _ and - only.")
+            if not isinstance(entry, dict) or "path" not in entry:
+                raise UserError(f"sources.{name} = {entry!r}: expected settings of a source, at least its path.")
+        object.__setattr__(self, "entries", entries)
+        self.resolve(SourceConfig())
+
+    def resolve(self, source: SourceConfig) -> dict[str | None, SourceConfig]:
+        """The settings of each source by its name; None is the name of `source` where it is the only one."""
+        return {name: _override(source, name, entry) for name, entry in self.entries.items()} or {None: source}
+
+
+def _override(source: SourceConfig, name: str, entry: dict[str, Any]) -> SourceConfig:
+    try:
+        return replace(source, **({"format": "auto"} | entry))
+    except UserError as exc:
+        raise UserError(f"In sources.{name}: {exc}") from exc
+
+
 Reader = Callable[[Path, SourceConfig], list[dict[str, Any]]]
-READERS: dict[str, Reader] = {"lines": read_lines, "table": read_table, "demo": read_table}
+READERS: dict[str, Reader] = {"lines": read_lines, "table": read_table, "iam": read_iam, "demo": read_table}
 
 
 def import_lines(
@@ -74,8 +111,8 @@ def import_lines(
 
     Args:
         path: a folder, or a table's file.
-        format: "lines", "table", "demo", or "auto", which looks at what is there.
-        config: columns, writer rule, Unicode form; its own path and format are not looked at.
+        format: a key of READERS, or "auto", which looks at what is there.
+        config: columns, writer and split rule, Unicode form; its own path and format are not looked at.
         demo: DemoConfig for format "demo", which renders its lines into the folder first.
 
     Returns:
@@ -99,12 +136,12 @@ def import_lines(
             "Give the folder with the lines or the table's file."
         )
     format = _recognise(path) if format == "auto" else format
-    root = source_root(path)
+    root = source_root(path, format, config)
     rows = READERS[format](path, config)
     if not rows:
         raise UserError(f"source.path = {str(path)!r}: read as {format!r}, but it has no line. {_contents(path)}")
 
-    resolved_root = root.resolve()
+    resolved_root, name = root.resolve(), source_root(path).resolve().name
     with ThreadPool(os.cpu_count()) as pool:
         found = pool.imap(lambda row: _finish(row, root, resolved_root, config), rows, chunksize=16)
         finished = list(tqdm(found, total=len(rows), desc="Reading line images", unit="line", mininterval=0.5))
@@ -122,15 +159,22 @@ def import_lines(
             )
             continue
         first_file[row["line_id"]] = row.pop("file")
-        records.append(row | {"source": resolved_root.name, "format": format, "polygon": None, "baseline": None})
+        records.append(row | {"source": name, "format": format, "polygon": None, "baseline": None})
     logger.info("%s: %d lines read as %r, %d rejected.", path, len(records), format, len(rejected))
     return records, rejected
 
 
-def source_root(path: str | Path) -> Path:
-    """The folder that the image paths of a source are relative to."""
+def source_root(path: str | Path, format: str = "auto", config: SourceConfig | None = None) -> Path:
+    """The folder that the image paths of a source are relative to.
+
+    Args:
+        path: of the source.
+        format: of the source.
+        config: names the folder of the images that lie within a table; None leaves such images out of account.
+    """
     path = Path(path)
-    return path.parent if path.is_file() else path
+    unpacked = unpacked_folder(path, config) if config and format in ("auto", "table") else None
+    return unpacked or (path.parent if path.is_file() else path)
 
 
 def _recognise(path: Path) -> str:
@@ -142,19 +186,23 @@ def _recognise(path: Path) -> str:
             f"source.path = {str(path)!r}: expected a folder, or a table ({', '.join(TABLE_SUFFIXES)}), "
             f"got a file ending in {path.suffix!r}."
         )
-    has_lines = next(path.rglob(f"*{TEXT_SUFFIX}"), None) is not None
-    has_table = bool(find_tables(path))
-    if has_lines and has_table:
-        tables = ", ".join(table.name for table in find_tables(path))
-        raise UserError(
-            f"source.path = {str(path)!r} holds both {TEXT_SUFFIX} files and a table ({tables}). "
-            "Say which one counts: source.format=lines or source.format=table."
-        )
-    if has_lines or has_table:
-        return "lines" if has_lines else "table"
+    if is_iam(path):
+        return "iam"
+    tables = find_tables(path)
+    if has_lines(path):
+        if tables:
+            raise UserError(
+                f"source.path = {str(path)!r} holds both texts beside images and a table "
+                f"({', '.join(table.name for table in tables)}). "
+                "Say which one counts: source.format=lines or source.format=table."
+            )
+        return "lines"
+    if tables:
+        return "table"
     raise UserError(
         f"source.path = {str(path)!r}: no lines recognised. {_contents(path)} Expected images (.png, .jpg, .tif) with "
-        f"NAME{TEXT_SUFFIX} beside each, or a table ({', '.join(TABLE_SUFFIXES)}) with image path and text."
+        f"NAME.gt.txt or NAME.txt beside each, a table ({', '.join(TABLE_SUFFIXES)}) with images and texts, or IAM's "
+        "lines.txt, words.txt or xml/."
     )
 
 
@@ -206,10 +254,11 @@ def _finish(row: dict[str, Any], root: Path, resolved_root: Path, config: Source
 
     writer_id = row.get("writer_id") or row.get("page_id") or row["line_id"]
     if config.writer_pattern:
-        match = re.search(config.writer_pattern, row["image_path"])
+        match = re.search(config.writer_pattern, row.get("image_name") or row["image_path"])
         if not match or not match[1]:
             detail = (
-                f"source.writer_pattern {config.writer_pattern!r} finds no writer in {row['image_path']}: widen it."
+                f"source.writer_pattern {config.writer_pattern!r} finds no writer in "
+                f"{row.get('image_name') or row['image_path']}: widen it."
             )
             return row | _reject("no_writer", detail)
         writer_id = match[1]
@@ -218,7 +267,7 @@ def _finish(row: dict[str, Any], root: Path, resolved_root: Path, config: Source
         "file": row["file"],
         "page_id": row.get("page_id") or writer_id,
         "writer_id": writer_id,
-        "split": row.get("split"),
+        "split": {"given": row.get("split"), "by_writer": None}.get(config.split, config.split),
         "text": text,
         "image_path": row["image_path"],
         "width_pixels": width,

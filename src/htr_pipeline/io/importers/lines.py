@@ -1,4 +1,4 @@
-"""Line images with their text beside them: NAME.png, .jpg, .jpeg, .tif or .tiff and NAME.gt.txt."""
+"""Line images with their text beside them: NAME.png, .jpg, .jpeg, .tif or .tiff and NAME.gt.txt or NAME.txt."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from htr_pipeline.core.splits import parse_split
 if TYPE_CHECKING:
     from htr_pipeline.io.importers import SourceConfig
 
-TEXT_SUFFIX = ".gt.txt"
+# The first of these that a folder has counts for all of it: beside ground truth, .txt is what some engine has read.
+TEXT_SUFFIXES = (".gt.txt", ".txt")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
@@ -32,7 +33,9 @@ def read_lines(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
         raise UserError(f"source.path = {str(path)!r}: format 'lines' expected a folder, got a file. Give its folder.")
     files = sorted(_visible_files(path))
     images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
-    texts = {name.removesuffix(TEXT_SUFFIX) for name in files if name.endswith(TEXT_SUFFIX)}
+    ground_truth, plain = TEXT_SUFFIXES
+    suffix = plain if has_lines(path) and not any(name.endswith(ground_truth) for name in files) else ground_truth
+    texts = {name.removesuffix(suffix) for name in files if name.endswith(suffix)}
     first_folders = {name.split("/")[0] for name in images if "/" in name}
     folders_are_splits = len(first_folders) > 1 and all(map(parse_split, first_folders))
 
@@ -46,18 +49,26 @@ def read_lines(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
             folders = folders[1:]
         if folders:
             row |= {"writer_id": folders[0], "page_id": "/".join(folders)}
-        rows.append(row | _read_text(path, line_id + TEXT_SUFFIX))
+        rows.append(row | _read_text(path, line_id + suffix))
     rows += [
         {
             "line_id": stem,
-            "file": stem + TEXT_SUFFIX,
+            "file": stem + suffix,
             "reason": "missing_image",
-            "detail": f"{stem}{TEXT_SUFFIX}: there is no image {stem} ending in {', '.join(IMAGE_SUFFIXES)}. "
+            "detail": f"{stem}{suffix}: there is no image {stem} ending in {', '.join(IMAGE_SUFFIXES)}. "
             "Put the image beside it or remove the text.",
         }
         for stem in sorted(texts - {row["line_id"] for row in rows})
     ]
     return sorted(rows, key=lambda row: row["file"])
+
+
+def has_lines(path: Path) -> bool:
+    """Whether the folder has a text that is named as ground truth or lies beside an image of its name."""
+    return any(
+        text.name.endswith(TEXT_SUFFIXES[0]) or any(text.with_suffix(suffix).is_file() for suffix in IMAGE_SUFFIXES)
+        for text in path.rglob("*.txt")
+    )
 
 
 def _visible_files(path: Path) -> Iterator[str]:

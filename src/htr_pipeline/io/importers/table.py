@@ -1,7 +1,15 @@
-"""A table of lines, one a row, with image path and text: tab-separated, comma-separated or Parquet."""
+"""Tables of lines, one a row, with text and image path: tab-separated, comma-separated or Parquet.
+
+A Parquet table may hold the images themselves, as Hugging Face's datasets do: a column of bytes, or of structures
+{bytes, path}. They are unpacked once, into files named by their content, so that every later step reads files.
+"""
 
 import csv
+import hashlib
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +18,7 @@ import pyarrow.parquet as pq
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.splits import SPLIT_NAMES, parse_split
+from htr_pipeline.io.atomic import replacing
 
 if TYPE_CHECKING:
     from htr_pipeline.io.importers import SourceConfig
@@ -28,52 +37,80 @@ _USUAL_NAMES = {
 # Where the image of a line lies when the table has ids but no image paths.
 _FOLDERS_BY_ID = ("lines/", "images/", "")
 _SUFFIXES_BY_ID = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+# A split's file, or one of several: train.tsv, train-00000-of-00002.parquet, train-00000-of-00002-3f0c….parquet
+_SPLIT_FILE = re.compile(r"([a-z]+)(-\d+-of-\d+(-\w+)?)?", re.IGNORECASE)
+_SUFFIX_BY_MAGIC = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"II*\x00": ".tif", b"MM\x00*": ".tif"}
+# Limits on images within a table: of one, and of the whole file unpacked over packed. Images are compressed already.
+MAX_IMAGE_BYTES = 64 * 2**20
+_MAX_EXPANSION = 50
+_EXPANSION_FROM_BYTES = 2**30  # a smaller table does no harm
 
 
 def read_table(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
     """One row for each row of the table; image paths are relative to its folder.
 
     A .tsv has no quoting: a quotation mark in it is part of the text. Without an image column the image of line ID is
-    lines/ID.png, images/ID.png or ID.png (or .jpg, .tif) beside the table.
+    lines/ID.png, images/ID.png or ID.png (or .jpg, .tif) beside the table. Images within the table are written to
+    `config.unpack_path`, and their paths are relative to it.
 
     Args:
-        path: the table's file, or a folder with exactly one table.
+        path: the table's file, or a folder with one table or with tables that are named for their splits.
         config: names of the columns.
 
     Raises:
         UserError: there is no table or more than one, it cannot be read, it lacks a column, or names a split that
             there is not.
     """
-    file = _table_file(path)
-    columns, table_rows = _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_text_table(file)
-    names = _find_columns(file, columns, config)
-    return [_row(file, number, values, names) for number, values in table_rows]
+    rows = []
+    for file in _table_files(path):
+        columns, table_rows = (
+            _read_parquet(file, config) if file.suffix.lower() == ".parquet" else _read_text_table(file)
+        )
+        names = _find_columns(file, columns, config)
+        split = parse_split(file.stem.partition("-")[0]) if "split" not in names else None
+        for number, values in table_rows:
+            row = _row(file, number, values, names)
+            rows.append(row | {"split": row.get("split") or split})
+    return rows if "id" in names else _named_as_in_table(rows)
 
 
 def find_tables(path: Path) -> list[Path]:
-    """The tables directly in a folder, sorted by name."""
-    return sorted(
-        entry
-        for entry in path.iterdir()
-        if entry.suffix.lower() in TABLE_SUFFIXES and entry.is_file() and not entry.name.startswith(".")
-    )
+    """The tables directly in a folder, or else in its subfolder data/, sorted by name."""
+    for folder in (path, path / "data"):
+        entries = sorted(folder.iterdir()) if folder.is_dir() else []
+        tables = [entry for entry in entries if entry.suffix.lower() in TABLE_SUFFIXES and entry.is_file()]
+        if tables := [table for table in tables if not table.name.startswith(".")]:
+            return tables
+    return []
 
 
-def _table_file(path: Path) -> Path:
+def unpacked_folder(path: Path, config: "SourceConfig") -> Path | None:
+    """The folder for the images of a source whose tables hold them; None for any other source."""
+    tables = [path] if path.is_file() else find_tables(path)
+    if not tables or tables[0].suffix.lower() != ".parquet":
+        return None
+    schema = _parquet_schema(tables[0])
+    image = _find_columns(tables[0], schema.names, config).get("image")
+    return Path(config.unpack_path) if image and _holds_bytes(schema.field(image).type) else None
+
+
+def _table_files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix.lower() in TABLE_SUFFIXES:
-            return path
+            return [path]
         raise UserError(
             f"source.path = {str(path)!r}: a table ends in {', '.join(TABLE_SUFFIXES)}, this file in {path.suffix!r}."
         )
     tables = find_tables(path)
-    if len(tables) != 1:
+    matches = [_SPLIT_FILE.fullmatch(table.stem) for table in tables]
+    named_for_splits = all(match and parse_split(match[1]) for match in matches)
+    if not tables or (len(tables) > 1 and not named_for_splits):
         found = f"{len(tables)}: {', '.join(table.name for table in tables)}" if tables else "none"
         raise UserError(
-            f"source.path = {str(path)!r}: expected one table ({', '.join(TABLE_SUFFIXES)}) in the folder, "
-            f"found {found}. Give the path of the table itself."
+            f"source.path = {str(path)!r}: expected one table ({', '.join(TABLE_SUFFIXES)}) in the folder, or one for "
+            f"each split (train.tsv, test-00000-of-00001.parquet), found {found}. Give the path of the table itself."
         )
-    return tables[0]
+    return tables
 
 
 def _read_text_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, Any] | str]]]:
@@ -114,14 +151,83 @@ def _dialect(file: Path, header: str) -> dict[str, Any]:
     return {"delimiter": ";" if header.count(";") > header.count(",") else ","}
 
 
-def _read_parquet(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, Any] | str]]]:
+def _read_parquet(file: Path, config: "SourceConfig") -> tuple[list[str], Iterator[tuple[int, dict[str, Any] | str]]]:
+    """Column names, and for each row its number with its values; images within the table are unpacked."""
+    schema = _parquet_schema(file)
+    names = _find_columns(file, schema.names, config)
+    return schema.names, enumerate(_parquet_rows(file, schema, names, Path(config.unpack_path)), start=1)
+
+
+def _parquet_schema(file: Path) -> pa.Schema:
+    with _reading(file):
+        return pq.read_schema(file)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
     try:
-        table = pq.read_table(file)
+        yield
     except (pa.ArrowException, OSError) as exc:
         raise UserError(f"{file}: cannot be read as Parquet ({exc}). Write the table again.") from exc
-    return table.column_names, enumerate(
-        (row for batch in table.to_batches(max_chunksize=10_000) for row in batch.to_pylist()), start=1
-    )
+
+
+def _parquet_rows(file: Path, schema: pa.Schema, names: Mapping[str, str], folder: Path) -> Iterator[dict[str, Any]]:
+    image = names.get("image", "")
+    unpacks = bool(image) and _holds_bytes(schema.field(image).type)
+    with _reading(file), pq.ParquetFile(file) as table:
+        _refuse_bomb(file, table.metadata)
+        for batch in table.iter_batches(batch_size=16 if unpacks else 10_000, columns=sorted(set(names.values()))):
+            for row in batch.to_pylist():
+                yield row | {image: _unpack(row[image], folder)} if unpacks else row
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column's cells are images: bytes, or structures with them."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _refuse_bomb(file: Path, metadata: pq.FileMetaData) -> None:
+    unpacked = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    if unpacked > max(_EXPANSION_FROM_BYTES, _MAX_EXPANSION * file.stat().st_size):
+        raise UserError(
+            f"{file}: {file.stat().st_size} bytes that unpack to {unpacked}, more than {_MAX_EXPANSION} times as many. "
+            "Images do not compress like that; the table is not read."
+        )
+
+
+@dataclass(frozen=True)
+class _Unpacked:
+    """An image that lay within a table.
+
+    Attributes:
+        path: of the file that holds it now, relative to the folder; None where there is a problem.
+        name: what the table calls it.
+        problem: why it is no image, in words.
+    """
+
+    path: str | None
+    name: str | None
+    problem: str | None = None
+
+
+def _unpack(cell: Any, folder: Path) -> _Unpacked:
+    """Writes the image to a file named by its content, if it is not there yet."""
+    data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+    if not data:
+        return _Unpacked(None, name, "there is no image in the table. Write it into the table, or remove the row")
+    if len(data) > MAX_IMAGE_BYTES:
+        return _Unpacked(None, name, f"the image has {len(data)} bytes; at most {MAX_IMAGE_BYTES} are read")
+    suffix = next((suffix for magic, suffix in _SUFFIX_BY_MAGIC.items() if data.startswith(magic)), None)
+    if suffix is None:
+        return _Unpacked(None, name, "the image is neither PNG nor JPEG nor TIFF. Export it again as PNG")
+    digest = hashlib.sha256(data).hexdigest()
+    path = f"{digest[:2]}/{digest}{suffix}"
+    if not (folder / path).exists():
+        with replacing(folder / path) as partial:
+            partial.write_bytes(data)
+    return _Unpacked(path, name)
 
 
 def _find_columns(file: Path, columns: list[str], config: "SourceConfig") -> dict[str, str]:
@@ -154,6 +260,9 @@ def _row(file: Path, number: int, values: Mapping[str, Any] | str, names: Mappin
     if isinstance(values, str):
         detail = f"{place}: {values}. Correct the row; a tab or comma in a text must not part it."
         return {"line_id": place, "file": place, "reason": "bad_row", "detail": detail}
+    unpacked = values[names["image"]] if "image" in names else None
+    if isinstance(unpacked, _Unpacked):
+        values = {**values, names["image"]: unpacked.path}
     cells = {kind: _cell(values[name], place, name) for kind, name in names.items()}
     split = cells.get("split")
     if split and not parse_split(split):
@@ -163,6 +272,11 @@ def _row(file: Path, number: int, values: Mapping[str, Any] | str, names: Mappin
             'Or set source.split_column="" to have the lines split by writer.'
         )
     image_path, line_id = cells.get("image"), cells.get("id")
+    if isinstance(unpacked, _Unpacked):
+        line_id = line_id or f"{file.stem}/{number:06d}"
+        if unpacked.problem:
+            problem = {"reason": "unreadable_image", "detail": f"{place}: {unpacked.problem}."}
+            return {"line_id": line_id, "file": place, "image_name": unpacked.name} | problem
     rejected = {"line_id": line_id or image_path or place, "file": place}
     if not image_path and not line_id:
         return rejected | {
@@ -190,7 +304,16 @@ def _row(file: Path, number: int, values: Mapping[str, Any] | str, names: Mappin
         "writer_id": cells.get("writer"),
         "page_id": cells.get("page"),
         "group": cells.get("group"),
+        "image_name": unpacked.name if isinstance(unpacked, _Unpacked) else None,
     }
+
+
+def _named_as_in_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of unpacked images under the images' old names instead of numbers, where these tell them apart."""
+    names = [row.get("image_name") for row in rows]
+    if not all(names) or len(set(names)) < len(names):
+        return rows
+    return [row | {"line_id": str(name).rpartition(".")[0] or name} for row, name in zip(rows, names, strict=True)]
 
 
 def _cell(value: Any, place: str, column: str) -> str | None:

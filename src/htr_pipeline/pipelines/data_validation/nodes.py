@@ -1,5 +1,6 @@
 """Nodes of data_validation: source to imported_lines, to validated_lines and rejected_lines, to the manifest."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,13 +9,14 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.core.splits import assign_splits
-from htr_pipeline.io.importers import SourceConfig, import_lines, source_root
+from htr_pipeline.io.importers import SourceConfig, SourcesConfig, import_lines, source_root
 from htr_pipeline.io.importers.demo import DemoConfig
-from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, SPLITS, to_table
+from htr_pipeline.io.manifest import LEFT_OUT, MANIFEST, REJECTED_LINES, SPLITS, to_table
 from htr_pipeline.pipelines.data_validation.expectations import (
     Check,
     Outcome,
@@ -30,19 +32,37 @@ from htr_pipeline.pipelines.data_validation.expectations import (
 logger = logging.getLogger(__name__)
 
 
-def import_source(source: SourceConfig, demo: DemoConfig) -> tuple[pa.Table, pa.Table, list[str]]:
-    """params:source to imported_lines (as the manifest, with splits), import_rejections and import_warnings."""
-    records, rejected = import_lines(source.path, source.format, source, demo)
-    records.sort(key=lambda record: record["line_id"])
-    splits, warnings = assign_splits(
-        [record["line_id"] for record in records],
-        [record["writer_id"] for record in records],
-        [record["split"] for record in records],
-        validation_share=source.validation_share,
-        test_share=source.test_share,
-    )
-    lines = ({**record, "split": split} for record, split in zip(records, splits, strict=True))
-    metadata = {"image_root": str(source_root(source.path))}
+def import_sources(
+    source: SourceConfig, sources: SourcesConfig, demo: DemoConfig
+) -> tuple[pa.Table, pa.Table, list[str]]:
+    """params:source, params:sources to imported_lines (with splits), import_rejections and import_warnings."""
+    lines: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    warnings: list[str] = []
+    roots: dict[str, str] = {}
+    for name, config in sources.resolve(source).items():
+        # Two sources may have a writer "w1". The split is found by the plain name, so that a source which others join
+        # keeps its splits.
+        prefix, label = (f"{name}/", f"sources.{name}: ") if name else ("", "")
+        try:
+            records, rejections = import_lines(config.path, config.format, config, demo)
+        except UserError as exc:
+            raise UserError(f"{label}{exc}") from exc
+        splits, notes = assign_splits(
+            [record["line_id"] for record in records],
+            [record["writer_id"] for record in records],
+            [record["split"] for record in records],
+            validation_share=config.validation_share,
+            test_share=config.test_share,
+        )
+        root = str(source_root(config.path, config.format, config))
+        for record, split in zip(records, splits, strict=True):
+            ids = {key: prefix + record[key] for key in ("line_id", "page_id", "writer_id")}
+            lines.append(record | ids | {"split": split, "source": name or record["source"]})
+            roots[lines[-1]["source"]] = root
+        rejected += [row | {key: prefix + row[key] for key in ("line_id", "file")} for row in rejections]
+        warnings += [label + note for note in notes]
+    metadata = {"image_roots": json.dumps(roots)}
     return to_table(lines, MANIFEST, metadata), _rejected_table(rejected), warnings
 
 
@@ -67,6 +87,7 @@ def validate_lines(
 
         rejected = pa.concat_tables([import_rejections, _rejected_by_checks(frame[is_rejected], rejected_by)])
         rejected = rejected.sort_by([("line_id", "ascending"), ("file", "ascending"), ("reason", "ascending")])
+        num_wrong = _wrong(rejected).num_rows
         outside = _characters_outside_train(kept)
         warnings = [*import_warnings, *_warn_of_characters(outside), *_warn_of_repeated_images(kept)]
         summary = {
@@ -74,7 +95,7 @@ def validate_lines(
             "num_writers": _per_split(kept, lambda part: part["writer_id"].nunique()),
             "num_characters": _per_split(kept, lambda part: int(part["text"].str.len().sum())),
             "num_rejected": rejected.num_rows,
-            "rejected_share": rejected.num_rows / max(rejected.num_rows + validated.num_rows, 1),
+            "rejected_share": num_wrong / max(num_wrong + validated.num_rows, 1),
             "max_rejected_share": validation.max_rejected_share,
             "reasons": dict(sorted(Counter(rejected["reason"].to_pylist()).items())),
             "expectations": [
@@ -101,13 +122,11 @@ def check_manifest(
     for warning in validation_summary["warnings"]:
         logger.warning("%s", warning)
     logger.info("%s\nMore in %s", _reason_table(validation_summary), page)
-    num_rejected, share = rejected_lines.num_rows, validation_summary["rejected_share"]
+    wrong, share = _wrong(rejected_lines), validation_summary["rejected_share"]
     if share > validation.max_rejected_share or validated_lines.num_rows == 0:
-        first = [
-            f"  {row['file']} | {row['reason']} | {row['detail']}" for row in rejected_lines.slice(0, 10).to_pylist()
-        ]
+        first = [f"  {row['file']} | {row['reason']} | {row['detail']}" for row in wrong.slice(0, 10).to_pylist()]
         raise UserError(
-            f"{num_rejected} of {num_rejected + validated_lines.num_rows} lines were rejected ({share:.1%}); "
+            f"{wrong.num_rows} of {wrong.num_rows + validated_lines.num_rows} lines were rejected ({share:.1%}); "
             f"validation.max_rejected_share = {validation.max_rejected_share} allows no more. "
             "The first of them (file | reason | detail):\n"
             + "\n".join(first)
@@ -117,6 +136,11 @@ def check_manifest(
     if validation_summary["failures"]:
         raise UserError("\n".join(validation_summary["failures"]))
     return validated_lines
+
+
+def _wrong(rejected: pa.Table) -> pa.Table:
+    """The rejected lines without those that the source's own lists leave out, which are no sign of bad data."""
+    return rejected.filter(pc.not_equal(rejected["reason"], LEFT_OUT))
 
 
 def _rejected_by_checks(frame: pd.DataFrame, rejected_by: Mapping[str, Check]) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from htr_pipeline.pipelines.data_validation.nodes import check_manifest, import_source, validate_lines
+from htr_pipeline.pipelines.data_validation.nodes import check_manifest, import_sources, validate_lines
 
 
 def create_pipeline(**_: object) -> Pipeline:
@@ -10,10 +10,10 @@ def create_pipeline(**_: object) -> Pipeline:
     return Pipeline(
         [
             Node(
-                import_source,
-                inputs=["params:source", "params:demo"],
+                import_sources,
+                inputs=["params:source", "params:sources", "params:demo"],
                 outputs=["imported_lines", "import_rejections", "import_warnings"],
-                name="import_source",
+                name="import_sources",
             ),
             Node(
                 validate_lines,

@@ -18,7 +18,7 @@ from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.io.features import FeatureShards
-from htr_pipeline.io.manifest import SPLITS
+from htr_pipeline.io.manifest import SPLITS, image_roots
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +97,11 @@ def _champion_cer(
     if known and champion.tags.get("signature") == metrics["signature"]:
         return float(champion.tags["cer"])
     logger.info("The champion (version %s) was measured on other lines: it reads the present ones.", champion.version)
-    root = Path(manifest.schema.metadata[b"image_root"].decode())
+    roots = image_roots(manifest)
     lines = manifest.filter(pc.equal(manifest["split"], metrics["headline"]["split"]))
     reader = mlflow.pyfunc.load_model(f"models:/{registration.model_name}@{registration.alias}")
-    read = reader.predict(pd.DataFrame({"image": [str(root / path) for path in lines["image_path"].to_pylist()]}))
+    places = zip(lines["source"].to_pylist(), lines["image_path"].to_pylist(), strict=True)
+    read = reader.predict(pd.DataFrame({"image": [str(roots[source] / path) for source, path in places]}))
     return score_lines(lines["text"].to_pylist(), [text or "" for text in read["text"]]).cer
 
 
