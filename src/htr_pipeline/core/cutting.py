@@ -156,9 +156,12 @@ def _plan(outline: np.ndarray, baseline: Points | None) -> _Grid:
         raise UserError(f"the baseline is {length:.0f} pixels long. {_TOO_LARGE}")
 
     # Corners and jitter of the drawn points are smoothed over a letter, the normals over several: they must not cross.
-    centre = _smooth(_resample(points, 1.0), body / 4)
-    centre = _resample(centre, 1.0)
-    tangent = _unit(_smooth(np.gradient(centre, axis=0), body))
+    step = max(body / 16, 1.0)
+    knots = _resample(_smooth(_resample(points, step), body / 4 / step), step)
+    directions = _smooth(np.gradient(knots, axis=0), body / step)
+    centre = _resample(knots, 1.0)
+    position = np.linspace(0.0, len(knots) - 1.0, len(centre))
+    tangent = _unit(np.stack([np.interp(position, np.arange(len(knots)), axis) for axis in directions.T], axis=1))
     along, across = _line_coordinates(outline, centre, tangent, body)
     start, stop = int(np.floor(along.min())) - _MARGIN_PIXELS, int(np.ceil(along.max())) + _MARGIN_PIXELS
     top, bottom = int(np.floor(across.min())) - _MARGIN_PIXELS, int(np.ceil(across.max())) + _MARGIN_PIXELS
@@ -254,22 +257,23 @@ def _lay_paper(line: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The line with the colour of the paper nearby where the mask is 0, and a soft change between the two.
 
     The paper is the local mean of what is brighter than the local mean (darker, for light ink on dark paper), of the
-    pixels inside the mask, at a quarter of the scale.
+    pixels inside the mask, at an eighth of the scale.
     """
     height, width = line.shape
-    small_size = (max(width // 4, 1), max(height // 4, 1))
-    weight = (cv2.resize(mask, small_size, interpolation=cv2.INTER_AREA) > 254).astype(np.float32)
+    small_size = (max(width // 8, 1), max(height // 8, 1))
+    share_inside = cv2.resize(mask, small_size, interpolation=cv2.INTER_AREA)
+    weight = (share_inside > 254).astype(np.float32)
     if not weight.any():
-        weight = np.maximum(cv2.resize(mask, small_size, interpolation=cv2.INTER_AREA), 1e-3).astype(np.float32)
+        weight = np.maximum(share_inside, 1).astype(np.float32)
     small = cv2.resize(line, small_size, interpolation=cv2.INTER_AREA).astype(np.float32)
     values = small[weight > 0]
-    sigma = max(small_size[1], 4)
+    sigma = max(small_size[1], 2)
     brighter = small >= _local_mean(small, weight, sigma)
     dark_ink = np.median(values) >= values.mean()
     paper = _local_mean(small, weight * (brighter if dark_ink else ~brighter), sigma)
     paper = cv2.resize(paper, (width, height), interpolation=cv2.INTER_LINEAR)
-    share = cv2.GaussianBlur(mask, (3, 3), 0).astype(np.float32) / 255.0
-    mixed: np.ndarray = np.rint(share * line + (1.0 - share) * paper).astype(np.uint8)
+    share = cv2.GaussianBlur(mask, (3, 3), 0).astype(np.float32) * np.float32(1 / 255)
+    mixed: np.ndarray = np.rint(paper + share * (line - paper)).astype(np.uint8)
     return mixed
 
 
