@@ -125,7 +125,9 @@ def _checked(points: Points, kind: str) -> np.ndarray:
     if array.ndim != 2 or array.shape[1] != 2:
         raise UserError(f"{kind}: expected [x, y] points, got an array of shape {array.shape}. Draw the line again.")
     if not (np.abs(array) <= _MAX_COORDINATE).all():
-        raise UserError(f"{kind}: a coordinate is not a number or beyond {_MAX_COORDINATE} pixels. Draw the line again.")
+        raise UserError(
+            f"{kind}: a coordinate is not a number or beyond {_MAX_COORDINATE} pixels. Draw the line again."
+        )
     changes = np.any(np.diff(array, axis=0) != 0, axis=1)
     array = array[np.concatenate([[True], changes])] if len(array) else array
     if kind == "polygon" and (len(array) < 3 or np.ptp(array, axis=0).min() < 1):
