@@ -19,8 +19,9 @@ def _required(name: str, kind: pa.DataType) -> pa.Field:
     return pa.field(name, kind, nullable=False)
 
 
-# Reason of a rejected line that the source's own split files leave out, as published results do: no sign of bad data.
-LEFT_OUT = "left_out"
+# Reasons of rejected lines that are no fault of the source: nobody has transcribed the line yet; its official split
+# files leave it out.
+EMPTY_TEXT, LEFT_OUT = NO_FAULTS = ("empty_text", "left_out")
 
 _POINTS = pa.list_(pa.list_(pa.int32()))
 

@@ -2,31 +2,42 @@
 
 A reader is a function (path, config) -> rows, one dictionary for each line that it met, in a fixed order. A row has
 `line_id` and `file` (relative to the source's folder) and, as far as the format tells, `text`, `image_path`, `split`,
-`writer_id`, `page_id`, `group` and `image_name` (what an unpacked image was called before). A row that cannot become a
-line has `reason` (a code) and `detail` (a sentence) instead. Another format is another module beside this one and one
-entry in READERS.
+`writer_id`, `page_id`, `group`, `image_name` (what an unpacked image was called before); a line of a page also has
+`polygon`, `baseline` and, in the same units, `page_size`. A row that cannot become a line has `reason` (a code) and
+`detail` (a sentence) instead. Another format is another module beside this one and one entry in READERS.
 """
 
 import hashlib
+import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError, config, setting
+from htr_pipeline.core.cutting import line_size
 from htr_pipeline.core.image import read_image
 from htr_pipeline.core.text import normalise_text
+from htr_pipeline.io.importers.alto import ALTO, read_alto
 from htr_pipeline.io.importers.iam import is_iam, read_iam
 from htr_pipeline.io.importers.lines import has_lines, read_lines
+from htr_pipeline.io.importers.page import PAGE, read_page
 from htr_pipeline.io.importers.table import TABLE_SUFFIXES, find_tables, read_table, unpacked_folder
+from htr_pipeline.io.importers.xml import MAX_DISTORTION, find_roots, has_area
 
 logger = logging.getLogger(__name__)
+
+# Pages decoded at the same time; one takes up to half a gigabyte.
+_MAX_THREADS = 8
 
 
 @config("source")
@@ -37,7 +48,7 @@ class SourceConfig:
     """
 
     path: str = setting(default="data/01_raw/demo")
-    format: str = setting(default="auto", choices=("auto", "lines", "table", "iam", "demo"))
+    format: str = setting(default="auto", choices=("auto", "lines", "table", "page", "alto", "iam", "demo"))
     image_column: str | None = setting(default=None)
     text_column: str | None = setting(default=None)
     split_column: str | None = setting(default=None)
@@ -101,7 +112,14 @@ def _override(source: SourceConfig, name: str, entry: dict[str, Any]) -> SourceC
 
 
 Reader = Callable[[Path, SourceConfig], list[dict[str, Any]]]
-READERS: dict[str, Reader] = {"lines": read_lines, "table": read_table, "iam": read_iam, "demo": read_table}
+READERS: dict[str, Reader] = {
+    "lines": read_lines,
+    "table": read_table,
+    "page": read_page,
+    "alto": read_alto,
+    "iam": read_iam,
+    "demo": read_table,
+}
 
 
 def import_lines(
@@ -142,9 +160,11 @@ def import_lines(
         raise UserError(f"source.path = {str(path)!r}: read as {format!r}, but it has no line. {_contents(path)}")
 
     resolved_root, name = root.resolve(), source_root(path).resolve().name
-    with ThreadPool(os.cpu_count()) as pool:
-        found = pool.imap(lambda row: _finish(row, root, resolved_root, config), rows, chunksize=16)
-        finished = list(tqdm(found, total=len(rows), desc="Reading line images", unit="line", mininterval=0.5))
+    with ThreadPool(min(os.cpu_count() or 1, _MAX_THREADS)) as pool:
+        found = pool.imap(lambda part: _finish_together(part, root, resolved_root, config), _parts(rows))
+        finished = list(
+            tqdm(chain.from_iterable(found), total=len(rows), desc="Reading line images", unit="line", mininterval=0.5)
+        )
 
     records, rejected = [], []
     first_file: dict[str, str] = {}
@@ -159,7 +179,7 @@ def import_lines(
             )
             continue
         first_file[row["line_id"]] = row.pop("file")
-        records.append(row | {"source": name, "format": format, "polygon": None, "baseline": None})
+        records.append(row | {"source": name, "format": format})
     logger.info("%s: %d lines read as %r, %d rejected.", path, len(records), format, len(rejected))
     return records, rejected
 
@@ -182,27 +202,34 @@ def _recognise(path: Path) -> str:
     if path.is_file():
         if path.suffix.lower() in TABLE_SUFFIXES:
             return "table"
+        for page_format in (PAGE, ALTO):
+            if find_roots(path)[page_format.root_tag]:
+                return page_format.name
         raise UserError(
-            f"source.path = {str(path)!r}: expected a folder, or a table ({', '.join(TABLE_SUFFIXES)}), "
-            f"got a file ending in {path.suffix!r}."
+            f"source.path = {str(path)!r}: expected a folder, a table ({', '.join(TABLE_SUFFIXES)}), a PAGE or ALTO "
+            f"file, got a file ending in {path.suffix!r}."
         )
-    if is_iam(path):
-        return "iam"
     tables = find_tables(path)
-    if has_lines(path):
-        if tables:
-            raise UserError(
-                f"source.path = {str(path)!r} holds both texts beside images and a table "
-                f"({', '.join(table.name for table in tables)}). "
-                "Say which one counts: source.format=lines or source.format=table."
-            )
-        return "lines"
-    if tables:
-        return "table"
+    roots = find_roots(path)
+    found = {
+        "lines": has_lines(path) and "texts beside images",
+        "table": tables and f"a table ({', '.join(table.name for table in tables)})",
+        "page": roots[PAGE.root_tag] and f"{roots[PAGE.root_tag]} PAGE files",
+        "alto": roots[ALTO.root_tag] and f"{roots[ALTO.root_tag]} ALTO files",
+        "iam": is_iam(path) and "IAM's transcriptions",
+    }
+    formats = [format for format, words in found.items() if words]
+    if len(formats) > 1:
+        raise UserError(
+            f"source.path = {str(path)!r} holds both {' and '.join(str(found[format]) for format in formats)}. "
+            f"Say which one counts: {' or '.join(f'source.format={format}' for format in formats)}."
+        )
+    if formats:
+        return formats[0]
     raise UserError(
         f"source.path = {str(path)!r}: no lines recognised. {_contents(path)} Expected images (.png, .jpg, .tif) with "
-        f"NAME.gt.txt or NAME.txt beside each, a table ({', '.join(TABLE_SUFFIXES)}) with images and texts, or IAM's "
-        "lines.txt, words.txt or xml/."
+        f"NAME.gt.txt or NAME.txt beside each, a table ({', '.join(TABLE_SUFFIXES)}) with images and texts, pages with "
+        "PAGE or ALTO files (.xml), or IAM's lines.txt, words.txt or xml/."
     )
 
 
@@ -222,7 +249,46 @@ def _reject(reason: str, detail: str) -> dict[str, str]:
     return {"reason": reason, "detail": detail}
 
 
-def _finish(row: dict[str, Any], root: Path, resolved_root: Path, config: SourceConfig) -> dict[str, Any]:
+def _parts(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows to be finished one after the other: those of one page, so that its image is decoded once, or a few lines."""
+    part: list[dict[str, Any]] = []
+    for row in rows:
+        if part and (len(part) >= 16 if "page_size" not in row else row["file"] != part[-1]["file"]):
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
+
+
+def _finish_together(
+    rows: list[dict[str, Any]], root: Path, resolved_root: Path, config: SourceConfig
+) -> list[dict[str, Any]]:
+    measure = lru_cache(maxsize=1)(_measure_image)
+    return [_finish(row, root, resolved_root, config, measure) for row in rows]
+
+
+def _measure_image(image: Path) -> tuple[str, int, int]:
+    """Hash, height and width of an image that can be decoded.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        with image.open("rb") as stream:
+            content_hash = hashlib.file_digest(stream, "sha256").hexdigest()
+        return content_hash, *read_image(image).shape
+    except (UserError, OSError) as exc:
+        raise UserError(str(exc).removeprefix(f"{image}: ")) from exc
+
+
+def _finish(
+    row: dict[str, Any],
+    root: Path,
+    resolved_root: Path,
+    config: SourceConfig,
+    measure: Callable[[Path], tuple[str, int, int]],
+) -> dict[str, Any]:
     """The row as a record of the manifest, or with the reason why it cannot be one."""
     printable = {key: _printable(value) for key, value in row.items()}
     if printable != row:
@@ -232,7 +298,8 @@ def _finish(row: dict[str, Any], root: Path, resolved_root: Path, config: Source
         return row
     text = normalise_text(row["text"] or "", config.unicode_form)
     if not text:
-        return row | _reject("empty_text", f"{row['file']}: there is no text. Transcribe the line or remove it.")
+        place = row["line_id"] if "page_size" in row else row["file"]
+        return row | _reject("empty_text", f"{place}: there is no text. Transcribe the line or remove it.")
     image = root / row["image_path"]
     try:
         inside, there = image.resolve().is_relative_to(resolved_root), image.is_file()
@@ -245,12 +312,18 @@ def _finish(row: dict[str, Any], root: Path, resolved_root: Path, config: Source
         detail = f"{row['image_path']}: there is no such image file in {root}. Correct the path or remove the line."
         return row | _reject("missing_image", detail)
     try:
-        with image.open("rb") as stream:
-            content_hash = hashlib.file_digest(stream, "sha256").hexdigest()
-        height, width = read_image(image).shape
-    except (UserError, OSError) as exc:
-        detail = str(exc).removeprefix(f"{image}: ")
-        return row | _reject("unreadable_image", f"{row['image_path']}: {detail}")
+        content_hash, height, width = measure(image)
+    except UserError as exc:
+        return row | _reject("unreadable_image", f"{row['image_path']}: {exc}")
+    polygon = baseline = None
+    if "page_size" in row:
+        try:
+            polygon, baseline = _on_image(row, width, height)
+            height, width = line_size(polygon, baseline)
+        except UserError as exc:
+            return row | _reject("bad_geometry", f"{row['line_id']}: {exc}")
+        geometry = json.dumps([content_hash, polygon, baseline])
+        content_hash = hashlib.sha256(geometry.encode()).hexdigest()
 
     writer_id = row.get("writer_id") or row.get("page_id") or row["line_id"]
     if config.writer_pattern:
@@ -270,11 +343,40 @@ def _finish(row: dict[str, Any], root: Path, resolved_root: Path, config: Source
         "split": {"given": row.get("split"), "by_writer": None}.get(config.split, config.split),
         "text": text,
         "image_path": row["image_path"],
+        "polygon": polygon,
+        "baseline": baseline,
         "width_pixels": width,
         "height_pixels": height,
         "content_hash": content_hash,
         "group": row.get("group") or None,
     }
+
+
+def _on_image(row: dict[str, Any], width: int, height: int) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Polygon and baseline of a page's line in pixels of its image, within the image.
+
+    Raises:
+        UserError: the page has another shape than the image, or the line lies outside it.
+    """
+    page_width, page_height = row["page_size"]
+    scale = np.array([width / (page_width or width), height / (page_height or height)])
+    if abs(scale[0] / scale[1] - 1) > MAX_DISTORTION:
+        raise UserError(
+            f"the XML describes a page of {page_width:g} x {page_height:g}, {row['image_path']} has {width} x {height} "
+            "pixels. Give the image that was transcribed, not turned and not cut."
+        )
+
+    def place(points: list[list[float]]) -> list[list[int]]:
+        inside = np.clip(np.rint(np.asarray(points) * scale), 0, (width - 1, height - 1))
+        placed: list[list[int]] = inside.astype(int).tolist()
+        return placed
+
+    polygon = place(row["polygon"])
+    if not has_area(polygon):
+        raise UserError(
+            f"nothing of its polygon lies on {row['image_path']} of {width} x {height} pixels. Draw the line again."
+        )
+    return polygon, place(row["baseline"]) if row["baseline"] else None
 
 
 def _printable(value: Any) -> Any:

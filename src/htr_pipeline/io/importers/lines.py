@@ -31,7 +31,7 @@ def read_lines(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
     """
     if not path.is_dir():
         raise UserError(f"source.path = {str(path)!r}: format 'lines' expected a folder, got a file. Give its folder.")
-    files = sorted(_visible_files(path))
+    files = sorted(visible_files(path))
     images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
     ground_truth, plain = TEXT_SUFFIXES
     suffix = plain if has_lines(path) and not any(name.endswith(ground_truth) for name in files) else ground_truth
@@ -71,7 +71,8 @@ def has_lines(path: Path) -> bool:
     )
 
 
-def _visible_files(path: Path) -> Iterator[str]:
+def visible_files(path: Path) -> Iterator[str]:
+    """Files below the folder, relative to it; hidden files and folders are left out, links to folders not followed."""
     for folder, subfolders, names in os.walk(path):
         subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
         for name in names:

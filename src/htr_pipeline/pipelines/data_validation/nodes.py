@@ -9,14 +9,13 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.core.splits import assign_splits
 from htr_pipeline.io.importers import SourceConfig, SourcesConfig, import_lines, source_root
 from htr_pipeline.io.importers.demo import DemoConfig
-from htr_pipeline.io.manifest import LEFT_OUT, MANIFEST, REJECTED_LINES, SPLITS, to_table
+from htr_pipeline.io.manifest import MANIFEST, NO_FAULTS, REJECTED_LINES, SPLITS, to_table
 from htr_pipeline.pipelines.data_validation.expectations import (
     Check,
     Outcome,
@@ -87,7 +86,7 @@ def validate_lines(
 
         rejected = pa.concat_tables([import_rejections, _rejected_by_checks(frame[is_rejected], rejected_by)])
         rejected = rejected.sort_by([("line_id", "ascending"), ("file", "ascending"), ("reason", "ascending")])
-        num_wrong = _wrong(rejected).num_rows
+        num_faults = sum(reason not in NO_FAULTS for reason in rejected["reason"].to_pylist())
         outside = _characters_outside_train(kept)
         warnings = [*import_warnings, *_warn_of_characters(outside), *_warn_of_repeated_images(kept)]
         summary = {
@@ -95,7 +94,7 @@ def validate_lines(
             "num_writers": _per_split(kept, lambda part: part["writer_id"].nunique()),
             "num_characters": _per_split(kept, lambda part: int(part["text"].str.len().sum())),
             "num_rejected": rejected.num_rows,
-            "rejected_share": num_wrong / max(num_wrong + validated.num_rows, 1),
+            "rejected_share": num_faults / max(num_faults + validated.num_rows, 1),
             "max_rejected_share": validation.max_rejected_share,
             "reasons": dict(sorted(Counter(rejected["reason"].to_pylist()).items())),
             "expectations": [
@@ -122,12 +121,16 @@ def check_manifest(
     for warning in validation_summary["warnings"]:
         logger.warning("%s", warning)
     logger.info("%s\nMore in %s", _reason_table(validation_summary), page)
-    wrong, share = _wrong(rejected_lines), validation_summary["rejected_share"]
+    share = validation_summary["rejected_share"]
     if share > validation.max_rejected_share or validated_lines.num_rows == 0:
-        first = [f"  {row['file']} | {row['reason']} | {row['detail']}" for row in wrong.slice(0, 10).to_pylist()]
+        faults = [row for row in rejected_lines.to_pylist() if row["reason"] not in NO_FAULTS]
+        num_others = rejected_lines.num_rows - len(faults)
+        shown = (faults or rejected_lines.to_pylist())[:10]
+        first = [f"  {row['file']} | {row['reason']} | {row['detail']}" for row in shown]
         raise UserError(
-            f"{wrong.num_rows} of {wrong.num_rows + validated_lines.num_rows} lines were rejected ({share:.1%}); "
-            f"validation.max_rejected_share = {validation.max_rejected_share} allows no more. "
+            f"{len(faults)} of {len(faults) + validated_lines.num_rows} lines were rejected ({share:.1%})"
+            + (f", besides {num_others} without text or split" if num_others else "")
+            + f"; validation.max_rejected_share = {validation.max_rejected_share} allows no more. "
             "The first of them (file | reason | detail):\n"
             + "\n".join(first)
             + f"\nAll are in the table rejected_lines and in {page}. Put the source right"
@@ -136,11 +139,6 @@ def check_manifest(
     if validation_summary["failures"]:
         raise UserError("\n".join(validation_summary["failures"]))
     return validated_lines
-
-
-def _wrong(rejected: pa.Table) -> pa.Table:
-    """The rejected lines without those that the source's own lists leave out, which are no sign of bad data."""
-    return rejected.filter(pc.not_equal(rejected["reason"], LEFT_OUT))
 
 
 def _rejected_by_checks(frame: pd.DataFrame, rejected_by: Mapping[str, Check]) -> pa.Table:
