@@ -1,9 +1,11 @@
 """Kedro's command line for this project: errors of the user's are shown without a traceback."""
 
+import contextlib
 import copy
 import functools
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,8 +25,14 @@ def cli() -> None:
 def _run(*args: Any, **options: Any) -> Any:
     # `--pipeline X` is what people type; Kedro's wish for `--pipelines` need not be shown every time.
     warnings.filterwarnings("ignore", category=KedroDeprecationWarning)
-    try:
+    with _errors_in_words():
         return kedro_run.callback(*args, **options)
+
+
+@contextlib.contextmanager
+def _errors_in_words() -> Iterator[None]:
+    try:
+        yield
     except Exception as exc:
         for cause in _causes(exc):
             if isinstance(cause, UserError):
@@ -49,3 +57,25 @@ def _settings_message(exc: ParameterValidationError) -> str:
 run = copy.copy(kedro_run)
 run.callback = _run
 cli.add_command(run)
+
+
+@cli.command("export")
+@click.option(
+    "--format", required=True, type=click.Choice(("page", "alto", "text", "tsv", "hocr")), help="What to write."
+)
+@click.option("--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to write to.")
+@click.option("--decoder", default="greedy", show_default=True, help="Whose readings: a decoder of the predictions.")
+@click.option("--split", type=click.Choice(("train", "validation", "test")), help="Only its lines; default: all read.")
+@click.option("--env", "-e", help="Kedro environment, as for run.")
+def export(format: str, output: Path, decoder: str, split: str | None, env: str | None) -> None:
+    """Write what was read: into copies of the PAGE or ALTO files, or as text, TSV or hOCR."""
+    from kedro.framework.session import KedroSession
+
+    from htr_pipeline.io.exporters import export_lines
+
+    with _errors_in_words():
+        with KedroSession.create(env=env) as session:
+            catalog = session.load_context().catalog
+        tables = catalog.load("manifest"), catalog.load("predictions")
+        files = export_lines(format, *tables, output, decoder=decoder, split=split)
+        click.echo(f"{len(files)} file(s) in {output}, for instance {files[0]}")

@@ -21,7 +21,8 @@ def _required(name: str, kind: pa.DataType) -> pa.Field:
 
 # Reasons of rejected lines that are no fault of the source: nobody has transcribed the line yet; its official split
 # files leave it out.
-EMPTY_TEXT, LEFT_OUT = NO_FAULTS = ("empty_text", "left_out")
+LEFT_OUT = "left_out"
+NO_FAULTS = ("empty_text", LEFT_OUT)
 
 _POINTS = pa.list_(pa.list_(pa.int32()))
 
@@ -155,3 +156,8 @@ def image_roots(manifest: pa.Table) -> dict[str, Path]:
         manifest: table of MANIFEST whose metadata has the entry image_roots, a JSON object.
     """
     return {name: Path(root) for name, root in json.loads((manifest.schema.metadata or {})[b"image_roots"]).items()}
+
+
+def id_prefixes(manifest: pa.Table) -> dict[str, str]:
+    """What stands before the line, page and writer ids of each source: its name and a slash, or nothing."""
+    return json.loads((manifest.schema.metadata or {}).get(b"id_prefixes", b"{}"))

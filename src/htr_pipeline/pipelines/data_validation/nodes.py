@@ -39,6 +39,7 @@ def import_sources(
     rejected: list[dict[str, Any]] = []
     warnings: list[str] = []
     roots: dict[str, str] = {}
+    prefixes: dict[str, str] = {}
     for name, config in sources.resolve(source).items():
         # Two sources may have a writer "w1". The split is found by the plain name, so that a source which others join
         # keeps its splits.
@@ -57,11 +58,12 @@ def import_sources(
         root = str(source_root(config.path, config.format, config))
         for record, split in zip(records, splits, strict=True):
             ids = {key: prefix + record[key] for key in ("line_id", "page_id", "writer_id")}
-            lines.append(record | ids | {"split": split, "source": name or record["source"]})
-            roots[lines[-1]["source"]] = root
+            record |= ids | {"split": split, "source": name or record["source"]}
+            roots[record["source"]], prefixes[record["source"]] = root, prefix
+            lines.append(record)
         rejected += [row | {key: prefix + row[key] for key in ("line_id", "file")} for row in rejections]
         warnings += [label + note for note in notes]
-    metadata = {"image_roots": json.dumps(roots)}
+    metadata = {"image_roots": json.dumps(roots), "id_prefixes": json.dumps(prefixes)}
     return to_table(lines, MANIFEST, metadata), _rejected_table(rejected), warnings
 
 

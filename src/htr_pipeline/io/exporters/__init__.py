@@ -1,0 +1,157 @@
+"""Readings for other programs: back into the PAGE or ALTO files, or as plain text, TSV and hOCR.
+
+The files that lines came from are read again for PAGE and ALTO and never written to.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.io.atomic import replacing
+from htr_pipeline.io.exporters.hocr import to_hocr
+from htr_pipeline.io.exporters.pages import Reading, edit_alto, edit_page
+from htr_pipeline.io.importers.xml import MAX_XML_BYTES
+from htr_pipeline.io.manifest import id_prefixes, image_roots
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("page", "alto", "text", "tsv", "hocr")
+_EDITORS = {"page": edit_page, "alto": edit_alto}
+
+
+def export_lines(
+    format: str,
+    manifest: pa.Table,
+    predictions: pa.Table,
+    folder: Path,
+    *,
+    decoder: str = "greedy",
+    split: str | None = None,
+) -> list[Path]:
+    """Writes what was read on the lines; returns the files, in the order of the manifest.
+
+    Every page has a file of its name below `folder`; TSV is one file, lines.tsv. Files of an earlier export are
+    replaced, each in one step. Lines of a page stand in the order of the manifest, which is the reading order.
+
+    Args:
+        format: one of FORMATS; page and alto need lines that came from files of that format.
+        manifest: table of MANIFEST.
+        predictions: table of PREDICTIONS.
+        folder: where to; it may not lie in the folder of a source.
+        decoder: whose readings, of several.
+        split: train, validation or test; None for every line that was read.
+
+    Raises:
+        UserError: nothing to export, a file that the lines came from is gone or has changed, or the folder is a source.
+    """
+    lines = _join(manifest, predictions, decoder, split)
+    roots, prefixes = image_roots(manifest), id_prefixes(manifest)
+    if format == "tsv":
+        return [_write(folder / "lines.tsv", _to_tsv(lines), roots)]
+    if format in _EDITORS:
+        lines = _of_format(lines, format)
+    pages: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        pages.setdefault((line["source"], line["page_id"]), []).append(line)
+    written: dict[Path, str] = {}
+    for (source, page_id), page_lines in pages.items():
+        root = roots[source]
+        if format in _EDITORS:
+            file = root / page_id.removeprefix(prefixes.get(source, ""))
+            readings = {
+                line["line_id"].removeprefix(f"{page_id}/"): Reading(line["text"], line["confidence"])
+                for line in page_lines
+            }
+            content = _edit(format, file, root, readings)
+        elif format == "hocr":
+            content = to_hocr(page_id, page_lines, root)
+        else:
+            content = "".join(f"{line['text']}\n" for line in page_lines).encode()
+        suffix = {"hocr": ".hocr", "text": ".txt"}.get(format, ".xml")
+        path = _output_path(folder, page_id, suffix)
+        if path in written:
+            raise UserError(f"The pages {written[path]!r} and {page_id!r} would both be {path}. Rename one of them.")
+        written[_write(path, content, roots)] = page_id
+    return list(written)
+
+
+def _join(manifest: pa.Table, predictions: pa.Table, decoder: str, split: str | None) -> list[dict[str, Any]]:
+    """The manifest's rows of the lines that were read, with `text` and `confidence` as they were read."""
+    columns = predictions.select(["line_id", "split", "decoder", "hypothesis", "confidence"]).to_pylist()
+    decoders = sorted({row["decoder"] for row in columns})
+    if decoder not in decoders:
+        raise UserError(f"decoder {decoder!r}: there are no readings of it. Those there are: {', '.join(decoders)}.")
+    read = {
+        row["line_id"]: {"text": row["hypothesis"], "confidence": min(max(row["confidence"], 0.0), 1.0)}
+        for row in columns
+        if row["decoder"] == decoder and split in (None, row["split"])
+    }
+    if not read:
+        found = ", ".join(sorted({row["split"] for row in columns}))
+        raise UserError(f"split {split!r}: none of its lines was read. Splits with readings: {found}.")
+    lines = [row | read.pop(row["line_id"]) for row in manifest.to_pylist() if row["line_id"] in read]
+    if read:
+        raise UserError(
+            f"{len(read)} lines that were read are not in the manifest, for instance {next(iter(read))!r}: the "
+            "predictions belong to another one. Run `kedro run` again."
+        )
+    return lines
+
+
+def _of_format(lines: list[dict[str, Any]], format: str) -> list[dict[str, Any]]:
+    fitting = [line for line in lines if line["format"] == format]
+    others = sorted({line["format"] for line in lines} - {format})
+    if not fitting:
+        raise UserError(
+            f"None of the lines came from a {format.upper()} file, but from: {', '.join(others)}. "
+            "Export them as text, tsv or hocr."
+        )
+    if others:
+        num_others = len(lines) - len(fitting)
+        logger.warning("%d lines did not come from %s and are left out: %s.", num_others, format.upper(), others)
+    return fitting
+
+
+def _edit(format: str, stem: Path, root: Path, readings: Mapping[str, Reading]) -> bytes:
+    """The XML file with the readings in it; `stem` is its path without .xml, which the importer cuts off."""
+    files = [stem.with_name(stem.name + suffix) for suffix in (".xml", ".XML")]
+    file = next((file for file in files if file.is_file()), files[0])
+    try:
+        if not file.resolve().is_relative_to(root.resolve()):
+            raise UserError("it lies outside the source's folder.")
+        with file.open("rb") as stream:
+            return _EDITORS[format](stream.read(MAX_XML_BYTES + 1), readings)
+    except OSError as exc:
+        raise UserError(f"{file}: it cannot be read ({exc.strerror}), but lines came from it.") from exc
+    except UserError as exc:
+        raise UserError(f"{file}: {exc}") from exc
+
+
+def _to_tsv(lines: list[dict[str, Any]]) -> bytes:
+    """Columns line_id, text, confidence; without quoting, so that white space in a cell becomes a blank."""
+    rows = [("line_id", "text", "confidence")]
+    rows += [(line["line_id"], line["text"], f"{line['confidence']:.4f}") for line in lines]
+    return "".join("\t".join(re.sub(r"\s", " ", cell) for cell in row) + "\n" for row in rows).encode()
+
+
+def _output_path(folder: Path, page_id: str, suffix: str) -> Path:
+    """Path of a page's file, always below the folder: ids come from strangers."""
+    names = [re.sub(r'[\x00-\x1f\\:*?"<>|]', "_", name) for name in page_id.split("/")]
+    return folder.joinpath(*(name if name.strip(". ") else "_" for name in names[:-1]), f"{names[-1] or '_'}{suffix}")
+
+
+def _write(path: Path, content: bytes, roots: Mapping[str, Path]) -> Path:
+    for root in roots.values():
+        if path.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{path} would lie in {root}, which is a source. Export to a folder outside of it.")
+    try:
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+    except OSError as exc:
+        raise UserError(f"{path}: it cannot be written ({exc.strerror}).") from exc
+    return path

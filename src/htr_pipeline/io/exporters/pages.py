@@ -1,0 +1,129 @@
+"""Readings written back into the PAGE or ALTO file that their lines came from.
+
+Only the texts of lines that were read are changed, each with its confidence, and what would contradict them:
+
+- Words (PAGE Word, ALTO String) are kept and take the words of the reading, one each, where there are as many of them;
+  otherwise PAGE words are removed, and in ALTO one String with the whole line stands for them.
+- Readings of other engines, glyphs, hyphenation and character confidences of such a line are removed.
+- A text of a whole PAGE region is made of the texts of its lines again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.io.exporters.xml_edit import Element, XmlFile, markup, quote
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read on a line, and how sure that is (0 to 1)."""
+
+    text: str
+    confidence: float
+
+
+def edit_page(data: bytes, readings: Mapping[str, Reading]) -> bytes:
+    """A PAGE file with the readings as the texts of its lines.
+
+    Args:
+        data: the file.
+        readings: by the id of the TextLine.
+
+    Raises:
+        UserError: the file cannot be read, is not PAGE, or lacks a line.
+    """
+    xml, lines = _open(data, "PcGts", "id", readings)
+    for line_id, reading in readings.items():
+        line = lines[line_id]
+        words, texts = line.find("Word"), reading.text.split(" ")
+        for word in words:
+            if len(words) != len(texts):
+                xml.remove(word)
+        if len(words) == len(texts):
+            for word, text in zip(words, texts, strict=True):
+                for glyph in word.find("Glyph"):
+                    xml.remove(glyph)
+                _set_text_equiv(xml, word, text, reading.confidence)
+        _set_text_equiv(xml, line, reading.text, reading.confidence)
+    for region in xml.root.iter("TextRegion"):
+        own = region.find("TextLine")
+        if region.find("TextEquiv") and any(line.attributes.get("id") in readings for line in own):
+            texts = [
+                readings[line_id].text if (line_id := line.attributes.get("id", "")) in readings else _text_of(line)
+                for line in own
+            ]
+            _set_text_equiv(xml, region, "\n".join(texts), None)
+    return xml.to_bytes()
+
+
+def edit_alto(data: bytes, readings: Mapping[str, Reading]) -> bytes:
+    """An ALTO file with the readings as the texts of its lines.
+
+    Args:
+        data: the file.
+        readings: by the ID of the TextLine.
+
+    Raises:
+        UserError: the file cannot be read, is not ALTO, or lacks a line.
+    """
+    xml, lines = _open(data, "alto", "ID", readings)
+    for line_id, reading in readings.items():
+        line = lines[line_id]
+        strings, texts = line.find("String"), reading.text.split(" ")
+        confidence = f"{reading.confidence:.4f}"
+        whole_line = len(strings) != len(texts)
+        box = {key: line.attributes[key] for key in ("HPOS", "VPOS", "WIDTH", "HEIGHT") if key in line.attributes}
+        for string, text in zip(strings, [reading.text] if whole_line else texts, strict=False):
+            for child in string.children:
+                if child.name in ("Glyph", "ALTERNATIVE") or whole_line:
+                    xml.remove(child)
+            stale: dict[str, str | None] = dict.fromkeys(("CC", "SUBS_TYPE", "SUBS_CONTENT"))
+            moved: dict[str, str | None] = {**box} if whole_line and len(strings) > 1 else {}
+            xml.set_attributes(string, stale | moved | {"CONTENT": text, "WC": confidence})
+        if not strings:
+            xml.insert(line, _tag(line, "String", {"CONTENT": reading.text, "WC": confidence} | box))
+        surplus = [*strings[1:], *line.find("SP")] if whole_line else []
+        for element in [*surplus, *line.find("HYP")]:
+            xml.remove(element)
+    return xml.to_bytes()
+
+
+def _open(data: bytes, root: str, id_name: str, readings: Mapping[str, Reading]) -> tuple[XmlFile, dict[str, Element]]:
+    xml = XmlFile(data)
+    if xml.root.name != root:
+        raise UserError(f"expected <{root}>, got <{xml.root.name}>. Was the file changed since the import?")
+    # Of two lines with one id the importer takes the first.
+    lines = {line.attributes.get(id_name, ""): line for line in reversed(list(xml.root.iter("TextLine")))}
+    if missing := [line_id for line_id in readings if line_id not in lines]:
+        raise UserError(f"there is no line {', '.join(missing[:3])}. Was the file changed since the import?")
+    return xml, lines
+
+
+def _set_text_equiv(xml: XmlFile, element: Element, text: str, confidence: float | None) -> None:
+    """Makes `text` the only TextEquiv of a line, word or region."""
+    conf = {} if confidence is None else {"conf": f"{confidence:.4f}"}
+    equivs = element.find("TextEquiv")
+    first = next((equiv for equiv in equivs if equiv.find("Unicode")), None)
+    for other in equivs:
+        if other is not first:
+            xml.remove(other)
+    if first is None:
+        unicode = f"<{element.prefix}Unicode>{markup(text)}</{element.prefix}Unicode>"
+        xml.insert(element, _tag(element, "TextEquiv", conf, unicode), before=("TextStyle", "UserDefined", "Labels"))
+        return
+    xml.set_attributes(first, {"conf": conf.get("conf")})
+    for stale in (*first.find("PlainText"), *first.find("Unicode")[1:]):
+        xml.remove(stale)
+    xml.set_text(first.find("Unicode")[0], text)
+
+
+def _text_of(element: Element) -> str:
+    return next((unicode.text for equiv in element.find("TextEquiv") for unicode in equiv.find("Unicode")), "")
+
+
+def _tag(sibling: Element, name: str, attributes: Mapping[str, str], content: str = "") -> str:
+    """Markup of an element in the namespace of another one."""
+    name = sibling.prefix + name
+    words = "".join(f" {key}={quote(value)}" for key, value in attributes.items())
+    return f"<{name}{words}>{content}</{name}>" if content else f"<{name}{words}/>"
