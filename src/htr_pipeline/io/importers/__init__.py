@@ -3,7 +3,8 @@
 A reader is a function (path, config) -> rows, one dictionary for each line that it met, in a fixed order. A row has
 `line_id` and `file` (relative to the source's folder) and, as far as the format tells, `text`, `image_path`, `split`,
 `writer_id`, `page_id`, `group`; a line of a page also has `polygon`, `baseline` and, in the same units, `page_size`. A
-row that cannot become a line has `reason` (a code) and `detail` (a sentence) instead. Another format is another module beside this one and one entry in READERS.
+row that cannot become a line has `reason` (a code) and `detail` (a sentence) instead. Another format is another module
+beside this one and one entry in READERS.
 """
 
 import hashlib

@@ -92,7 +92,7 @@ def _baseline(value: str, polygon: list[list[float]] | None) -> list[list[float]
 
 
 def _text(line: Element) -> str:
-    """What stands on the line. SUBS_CONTENT is not looked at: it has the whole of a word of which the line has a part."""
+    """What stands on the line: of a parted word its part and the hyphen, not SUBS_CONTENT, the whole word."""
     text = ""
     after_string = False
     for part in line:
