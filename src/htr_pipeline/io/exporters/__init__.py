@@ -5,7 +5,7 @@ The files that lines came from are read again for PAGE and ALTO and never writte
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.io.atomic import replacing
 from htr_pipeline.io.exporters.hocr import to_hocr
 from htr_pipeline.io.exporters.pages import Reading, edit_alto, edit_page
-from htr_pipeline.io.importers.xml import MAX_XML_BYTES
+from htr_pipeline.io.importers.alto import ALTO
+from htr_pipeline.io.importers.page import PAGE
+from htr_pipeline.io.importers.xml import MAX_XML_BYTES, PageFormat, page_id_of, root_tag, xml_files
 from htr_pipeline.io.manifest import id_prefixes, image_roots
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("page", "alto", "text", "tsv", "hocr")
-_EDITORS = {"page": edit_page, "alto": edit_alto}
+_EDITORS = {"page": (PAGE, edit_page), "alto": (ALTO, edit_alto)}
 
 
 def export_lines(
@@ -35,7 +37,8 @@ def export_lines(
 ) -> list[Path]:
     """Writes what was read on the lines; returns the files, in the order of the manifest.
 
-    Every page has a file of its name below `folder`; TSV is one file, lines.tsv. Files of an earlier export are
+    Every page has a file of its name below `folder`, PAGE and ALTO under the names of the files that they came from; TSV
+    is one file, lines.tsv. Files of an earlier export are
     replaced, each in one step. Lines of a page stand in the order of the manifest, which is the reading order.
 
     Args:
@@ -58,22 +61,28 @@ def export_lines(
     pages: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         pages.setdefault((line["source"], line["page_id"]), []).append(line)
+    files: dict[str, dict[str, str]] = {}
     written: dict[Path, str] = {}
     for (source, page_id), page_lines in pages.items():
-        root = roots[source]
+        root, name = roots[source], page_id
         if format in _EDITORS:
-            file = root / page_id.removeprefix(prefixes.get(source, ""))
+            if source not in files:
+                files[source] = _page_files(root, _EDITORS[format][0])
+            prefix = prefixes.get(source, "")
+            plain_id = page_id.removeprefix(prefix)
+            if plain_id not in files[source]:
+                raise UserError(f"page {plain_id!r}: {root} has no {format.upper()} file of it any more.")
             readings = {
                 line["line_id"].removeprefix(f"{page_id}/"): Reading(line["text"], line["confidence"])
                 for line in page_lines
             }
-            content = _edit(format, file, root, readings)
+            name = prefix + files[source][plain_id]
+            content = _edit(root / files[source][plain_id], root, _EDITORS[format][1], readings)
         elif format == "hocr":
             content = to_hocr(page_id, page_lines, root)
         else:
             content = "".join(f"{line['text']}\n" for line in page_lines).encode()
-        suffix = {"hocr": ".hocr", "text": ".txt"}.get(format, ".xml")
-        path = _output_path(folder, page_id, suffix)
+        path = _output_path(folder, name, {"hocr": ".hocr", "text": ".txt"}.get(format, ""))
         if path in written:
             raise UserError(f"The pages {written[path]!r} and {page_id!r} would both be {path}. Rename one of them.")
         written[_write(path, content, roots)] = page_id
@@ -117,15 +126,21 @@ def _of_format(lines: list[dict[str, Any]], format: str) -> list[dict[str, Any]]
     return fitting
 
 
-def _edit(format: str, stem: Path, root: Path, readings: Mapping[str, Reading]) -> bytes:
-    """The XML file with the readings in it; `stem` is its path without .xml, which the importer cuts off."""
-    files = [stem.with_name(stem.name + suffix) for suffix in (".xml", ".XML")]
-    file = next((file for file in files if file.is_file()), files[0])
+def _page_files(root: Path, page_format: PageFormat) -> dict[str, str]:
+    """The XML file of each page, relative to the source's folder; of two of one page the first, as at the import."""
+    names = [name for name in xml_files(root) if root_tag(root / name) == page_format.root_tag]
+    return {page_id_of(name): name for name in reversed(names)}
+
+
+def _edit(
+    file: Path, root: Path, edit: Callable[[bytes, Mapping[str, Reading]], bytes], readings: Mapping[str, Reading]
+) -> bytes:
+    """The XML file with the readings in it."""
     try:
         if not file.resolve().is_relative_to(root.resolve()):
-            raise UserError("it lies outside the source's folder.")
+            raise UserError("it is a link out of the source's folder, which is not followed.")
         with file.open("rb") as stream:
-            return _EDITORS[format](stream.read(MAX_XML_BYTES + 1), readings)
+            return edit(stream.read(MAX_XML_BYTES + 1), readings)
     except OSError as exc:
         raise UserError(f"{file}: it cannot be read ({exc.strerror}), but lines came from it.") from exc
     except UserError as exc:

@@ -79,8 +79,8 @@ def edit_alto(data: bytes, readings: Mapping[str, Reading]) -> bytes:
                 if child.name in ("Glyph", "ALTERNATIVE") or whole_line:
                     xml.remove(child)
             stale: dict[str, str | None] = dict.fromkeys(("CC", "SUBS_TYPE", "SUBS_CONTENT"))
-            moved: dict[str, str | None] = {**box} if whole_line and len(strings) > 1 else {}
-            xml.set_attributes(string, stale | moved | {"CONTENT": text, "WC": confidence})
+            new = {"CONTENT": text, "WC": confidence} | (box if whole_line and len(strings) > 1 else {})
+            xml.set_attributes(string, stale | new)
         if not strings:
             xml.insert(line, _tag(line, "String", {"CONTENT": reading.text, "WC": confidence} | box))
         surplus = [*strings[1:], *line.find("SP")] if whole_line else []

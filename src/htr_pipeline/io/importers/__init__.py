@@ -3,8 +3,8 @@
 A reader is a function (path, config) -> rows, one dictionary for each line that it met, in a fixed order. A row has
 `line_id` and `file` (relative to the source's folder) and, as far as the format tells, `text`, `image_path`, `split`,
 `writer_id`, `page_id`, `group`, `image_name` (what an unpacked image was called before); a line of a page also has
-`polygon`, `baseline` and, in the same units, `page_size`. A row that cannot become a line has `reason` (a code) and
-`detail` (a sentence) instead. Another format is another module beside this one and one entry in READERS.
+`polygon`, `baseline` and, in the same units, `page_size` (or None). A row that cannot become a line has `reason` (a
+code) and `detail` (a sentence) instead. Another format is one more module beside this one and one entry in READERS.
 """
 
 import hashlib
@@ -358,8 +358,8 @@ def _on_image(row: dict[str, Any], width: int, height: int) -> tuple[list[list[i
     Raises:
         UserError: the page has another shape than the image, or the line lies outside it.
     """
-    page_width, page_height = row["page_size"]
-    scale = np.array([width / (page_width or width), height / (page_height or height)])
+    page_width, page_height = row["page_size"] or (width, height)
+    scale = np.array([width / page_width, height / page_height])
     if abs(scale[0] / scale[1] - 1) > MAX_DISTORTION:
         raise UserError(
             f"the XML describes a page of {page_width:g} x {page_height:g}, {row['image_path']} has {width} x {height} "

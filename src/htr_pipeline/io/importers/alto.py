@@ -43,7 +43,7 @@ def _parse(root: Element) -> Page:
     )
     unit = root.findtext("Description/MeasurementUnit", "pixel").strip() or "pixel"
     if unit not in _UNITS:
-        raise UserError(f"MeasurementUnit {unit!r}; expected one of {', '.join(_UNITS)}.")
+        raise UserError(f"MeasurementUnit {unit[:100]!r}; expected one of {', '.join(_UNITS)}.")
     # With the page's size in the same unit the image's own size tells the scale; nothing else would.
     if unit != "pixel" and not (page.width and page.height):
         raise UserError(f"MeasurementUnit {unit!r} needs WIDTH and HEIGHT of the Page. Export it again in pixels.")
@@ -92,7 +92,7 @@ def _baseline(value: str, polygon: list[list[float]] | None) -> list[list[float]
 
 
 def _text(line: Element) -> str:
-    """What stands on the line. SUBS_CONTENT is not looked at: it has the whole of a word of which the line has a part."""
+    """What stands on the line: of a parted word its part and the hyphen, not SUBS_CONTENT, the whole word."""
     text = ""
     after_string = False
     for part in line:

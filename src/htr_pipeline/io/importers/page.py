@@ -68,7 +68,7 @@ def _regions(parent: Element, ranks: dict[str, int], rank: int) -> Iterator[tupl
 
 def _by_custom_order(elements: Sequence[Element]) -> list[Element]:
     """The elements by custom="readingOrder {index:3;}" where all of them have it, else as they stand in the file."""
-    found = [re.search(r"readingOrder\s*\{[^}]*?index\s*:\s*(\d{1,9})\b", e.get("custom", "")) for e in elements]
+    found = [re.search(r"readingOrder\s*\{[^{}]*?index\s*:\s*(\d{1,9})\b", e.get("custom", "")) for e in elements]
     if not all(found):
         return list(elements)
     order = sorted(range(len(elements)), key=lambda position: int(found[position][1]))  # type: ignore[index]

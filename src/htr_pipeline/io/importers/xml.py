@@ -20,12 +20,14 @@ from htr_pipeline.io.importers.lines import IMAGE_SUFFIXES, visible_files
 
 logger = logging.getLogger(__name__)
 
-MAX_XML_BYTES = 64 * 2**20
+MAX_XML_BYTES = 32 * 2**20
 MAX_ELEMENTS = 1_000_000
 MAX_DEPTH = 64
 MAX_LINES = 10_000  # of a page
 MAX_POINTS = 5_000  # of a polygon or baseline
 MAX_COORDINATE = 1_000_000
+MAX_CHARACTERS = 10_000  # of a line
+MAX_NAME_CHARACTERS = 255  # of an id or a file
 # How far width and height may differ in scale between XML and image.
 MAX_DISTORTION = 0.05
 # Folders that say how a page is kept, not whose it is.
@@ -186,7 +188,7 @@ def read_pages(path: Path, page_format: PageFormat) -> list[dict[str, Any]]:
     folders_are_splits = len(first_folders) > 1 and all(map(parse_split, first_folders))
     rows, others = [], []
     for name in files:
-        page_id = "/".join([*_place(name), _split_name(name)[1]])
+        page_id = page_id_of(name)
         row: dict[str, Any] = {"line_id": page_id, "page_id": page_id, "file": name}
         folders = _place(name)
         if folders_are_splits and folders:
@@ -205,6 +207,11 @@ def read_pages(path: Path, page_format: PageFormat) -> list[dict[str, Any]]:
     if others:
         logger.info("%d XML files are not %s and were left alone: %s", len(others), page_format.name, _few(others))
     return rows
+
+
+def page_id_of(name: str) -> str:
+    """The id of the page of an XML file, which PAGE and ALTO in folders of their own share: without those folders."""
+    return "/".join([*_place(name), _split_name(name)[1]])
 
 
 def _place(name: str) -> list[str]:
@@ -228,7 +235,9 @@ def _read_page(root: Path, name: str, page_format: PageFormat) -> Page | None:
     if element.tag != page_format.root_tag:
         return None
     if namespace and not re.match(page_format.namespace, namespace):
-        raise UserError(f"the namespace {namespace!r} is not one of {page_format.name.upper()}. Export the page again.")
+        raise UserError(
+            f"the namespace {namespace[:100]!r} is not one of {page_format.name.upper()}. Export the page again."
+        )
     page = page_format.parse(element)
     if len(page.lines) > MAX_LINES:
         raise UserError(f"{len(page.lines)} lines on one page; at most {MAX_LINES} are read. Split it into pages.")
@@ -244,11 +253,16 @@ def _page_rows(base: Mapping[str, Any], page: Page, images: "ImageIndex") -> Ite
     except UserError as exc:
         found = {"reason": "missing_image", "detail": f"{name}: {exc}"}
     _fill_bands(page)
+    page_size = (page.width, page.height) if page.width and page.height else None
     for position, line in enumerate(page.lines, start=1):
-        row = {**base, "line_id": f"{base['page_id']}/{line.id or f'line{position}'}", **found, "text": line.text}
-        if line.problem and "reason" not in row:
+        line_id = line.id if line.id and len(line.id) <= MAX_NAME_CHARACTERS else f"line{position}"
+        row = {**base, "line_id": f"{base['page_id']}/{line_id}", **found, "text": line.text}
+        if "reason" not in row and len(line.text) > MAX_CHARACTERS:
+            detail = f"{len(line.text)} characters; at most {MAX_CHARACTERS} are read. Is it one line?"
+            row |= {"reason": "long_text", "detail": f"{row['line_id']}: {detail}"}
+        if "reason" not in row and line.problem:
             row |= {"reason": "bad_geometry", "detail": f"{row['line_id']}: {line.problem}"}
-        yield row | {"polygon": line.polygon, "baseline": line.baseline, "page_size": (page.width, page.height)}
+        yield row | {"polygon": line.polygon, "baseline": line.baseline, "page_size": page_size}
 
 
 def _fill_bands(page: Page) -> None:
@@ -315,7 +329,7 @@ class ImageIndex:
             UserError: no image fits, or more than one equally well.
         """
         folder, xml_stem = _split_name(xml_name)
-        base = (image_name or "").replace("\\", "/").rpartition("/")[2]
+        base = (image_name or "")[-MAX_NAME_CHARACTERS:].replace("\\", "/").rpartition("/")[2]
         stem = base.rpartition(".")[0] or base
         rules: list[tuple[str, Callable[[str], bool]]] = [
             (stem, lambda name: name.rpartition("/")[2] == base),
