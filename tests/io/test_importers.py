@@ -1,17 +1,25 @@
+import hashlib
+import io
 import re
 import shutil
 import struct
+import tracemalloc
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.io.importers import SourceConfig, import_lines
+from htr_pipeline.io.importers import SourceConfig, import_lines, source_root
+from htr_pipeline.io.importers.table import read_table
 from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, to_table
 
 RESOURCES = Path(__file__).parents[1] / "resources"
@@ -60,6 +68,28 @@ def test_line_folder_gives_records_of_the_manifest(lines):
 def test_line_images_may_have_any_of_the_usual_endings(tmp_path, suffix):
     write_line(tmp_path, f"x{suffix}")
     assert len(import_lines(tmp_path)[0]) == 1
+
+
+def test_plain_txt_is_the_text_where_no_gt_txt_is(tmp_path):
+    for name in ("anna/1.png", "bert/1.tif", "bert/2.jpg"):
+        write_line(tmp_path, name)
+        (tmp_path / name).with_suffix(".gt.txt").rename((tmp_path / name).with_suffix(".txt"))
+    (tmp_path / "README.txt").write_text("not a line")
+    records, rejected = import_lines(tmp_path)
+    assert [record["line_id"] for record in records] == ["anna/1", "bert/1", "bert/2"]
+    assert [(row["file"], row["reason"]) for row in rejected] == [("README.txt", "missing_image")]
+
+
+def test_txt_beside_gt_txt_is_not_the_ground_truth(lines):
+    (lines / "anna" / "p1_01.txt").write_text("what an engine has read")
+    records, rejected = import_lines(lines)
+    assert (records[0]["text"], rejected) == ("Ein Wort", [])
+
+
+@pytest.mark.parametrize("split", ["by_writer", "train", "validation", "test"])
+def test_split_rule_of_a_source_overrides_its_splits(table, split):
+    records, _ = import_lines(table, config=SourceConfig(split=split))
+    assert {record["split"] for record in records} == {None if split == "by_writer" else split}
 
 
 def test_writer_pattern_finds_the_writer_in_the_path(lines):
@@ -141,12 +171,16 @@ def test_link_out_of_the_folder_is_not_followed(tmp_path, lines):
     assert [row["reason"] for row in import_lines(lines)[1]] == ["outside_folder"]
 
 
-def test_decompression_bomb_is_rejected_by_its_header(tmp_path):
+def png_bomb():
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0" * 100)))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0" * 100))
+
+
+def test_decompression_bomb_is_rejected_by_its_header(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png_bomb())
     (tmp_path / "bomb.gt.txt").write_text("boom")
     _, rejected = import_lines(tmp_path)
     assert rejected[0]["reason"] == "unreadable_image"
@@ -257,6 +291,139 @@ def test_impossible_image_name_is_rejected(tmp_path, name):
     (tmp_path / "folder").mkdir()
     pd.DataFrame({"image": [name], "text": ["x"]}).to_parquet(tmp_path / "lines.parquet")
     assert [row["reason"] for row in import_lines(tmp_path)[1]] == ["missing_image"]
+
+
+# --- images within a table -------------------------------------------------------------------------------------------
+
+
+def encoded(number=0, kind="PNG"):
+    stream = io.BytesIO()
+    Image.new("L", (60, 20 + number), 255).save(stream, kind)
+    return stream.getvalue()
+
+
+def write_shard(path, images, texts=None, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {"image": images, "text": texts or [f"Wort {i}" for i in range(len(images))], **columns}
+    pq.write_table(pa.table(table), path)
+
+
+@pytest.fixture
+def unpacking(tmp_path):
+    return SourceConfig(unpack_path=str(tmp_path / "unpacked"))
+
+
+def test_hugging_face_shards_are_one_source_with_splits_from_their_names(tmp_path, unpacking):
+    names = ["train-00000-of-00002", "train-00001-of-00002-3f0c9a", "validation-00000-of-00001", "test-00000-of-00001"]
+    for number, name in enumerate(names):
+        image = {"bytes": encoded(number, ("PNG", "JPEG", "TIFF", "PNG")[number]), "path": f"a01-{number}.png"}
+        write_shard(tmp_path / "set" / "data" / f"{name}.parquet", [image])
+    (tmp_path / "set" / "README.md").touch()
+    records, rejected = import_lines(tmp_path / "set", config=unpacking)
+    assert rejected == []
+    assert [(row["line_id"], row["split"]) for row in records] == [
+        ("a01-3", "test"),
+        ("a01-0", "train"),
+        ("a01-1", "train"),
+        ("a01-2", "validation"),
+    ]
+    root = source_root(tmp_path / "set", "auto", unpacking)
+    assert root == tmp_path / "unpacked"
+    for row in records:
+        assert Path(row["image_path"]).stem == row["content_hash"]
+        assert hashlib.sha256((root / row["image_path"]).read_bytes()).hexdigest() == row["content_hash"]
+    assert {row["source"] for row in records} == {"set"}
+
+
+def test_unpacking_again_writes_nothing_anew(tmp_path, unpacking):
+    write_shard(tmp_path / "t.parquet", [encoded(), encoded(1)])
+    first, _ = import_lines(tmp_path / "t.parquet", config=unpacking)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "unpacked").rglob("*.png")}
+    second, _ = import_lines(tmp_path / "t.parquet", config=unpacking)
+    assert first == second
+    assert len(times) == 2
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "unpacked").rglob("*") if path.is_file()}
+
+
+def test_images_without_distinct_names_are_numbered(tmp_path, unpacking):
+    images = [{"bytes": encoded(i), "path": "image.png"} for i in range(2)]
+    write_shard(tmp_path / "t.parquet", images)
+    assert list(by_line(import_lines(tmp_path / "t.parquet", config=unpacking)[0])) == ["t/000001", "t/000002"]
+
+
+def test_writer_pattern_is_searched_in_the_name_that_the_table_has(tmp_path, unpacking):
+    write_shard(tmp_path / "t.parquet", [{"bytes": encoded(), "path": "ms12_f003.png"}])
+    config = replace(unpacking, writer_pattern="^([^_]+)_")
+    assert import_lines(tmp_path / "t.parquet", config=config)[0][0]["writer_id"] == "ms12"
+
+
+def test_memory_stays_flat_in_the_number_of_images(tmp_path, unpacking):
+    noise = np.random.default_rng(0).integers(0, 255, (60, 100, 400), dtype=np.uint8)
+    images = [cv2.imencode(".png", picture)[1].tobytes() for picture in noise]
+    write_shard(tmp_path / "t.parquet", images)
+    tracemalloc.start()
+    rows = read_table(tmp_path / "t.parquet", unpacking)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rows) == 60
+    assert peak < sum(map(len, images)) / 2
+
+
+@pytest.mark.parametrize(
+    ("image", "detail"),
+    [
+        (b"", "there is no image in the table"),
+        (None, "there is no image in the table"),
+        (b"#!/bin/sh", "neither PNG nor JPEG nor TIFF"),
+        (b"\x89PNG" + bytes(2000), "at most 1000 are read"),
+        (b"\x89PNG\r\n\x1a\n", "cannot be decoded|not an image"),
+    ],
+)
+def test_bytes_that_are_no_image_are_rejected(tmp_path, unpacking, monkeypatch, image, detail):
+    monkeypatch.setattr("htr_pipeline.io.importers.table.MAX_IMAGE_BYTES", 1000)
+    images = [{"bytes": encoded(), "path": None}, {"bytes": image, "path": "../../evil.png"}]
+    write_shard(tmp_path / "t.parquet", images)
+    records, rejected = import_lines(tmp_path / "t.parquet", config=unpacking)
+    assert len(records) == 1
+    assert rejected[0]["reason"] == "unreadable_image"
+    assert re.search(detail, rejected[0]["detail"])
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_decompression_bomb_within_a_table_is_rejected_by_its_header(tmp_path, unpacking):
+    write_shard(tmp_path / "t.parquet", [png_bomb()])
+    _, rejected = import_lines(tmp_path / "t.parquet", config=unpacking)
+    assert rejected[0]["reason"] == "unreadable_image"
+    assert "pixels" in rejected[0]["detail"]
+
+
+def test_table_that_unpacks_to_far_more_than_it_holds_is_not_read(tmp_path, unpacking, monkeypatch):
+    monkeypatch.setattr("htr_pipeline.io.importers.table._EXPANSION_FROM_BYTES", 1000)
+    images = [encoded() + bytes(1_000_000) + bytes([number]) for number in range(3)]
+    table = pa.table({"image": images, "text": list("abc")})
+    pq.write_table(table, tmp_path / "t.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(UserError, match=r"t\.parquet: \d+ bytes that unpack to \d+.*not read"):
+        import_lines(tmp_path / "t.parquet", config=unpacking)
+    assert not (tmp_path / "unpacked").exists()
+
+
+def test_names_within_a_table_cannot_lead_out_of_the_folder(tmp_path, unpacking):
+    images = [{"bytes": encoded(i), "path": name} for i, name in enumerate(["../../a.png", "/etc/b.png"])]
+    write_shard(tmp_path / "set" / "t.parquet", images)
+    before = {path for path in tmp_path.rglob("*") if "unpacked" not in path.parts}
+    records, _ = import_lines(tmp_path / "set", config=unpacking)
+    assert all(re.fullmatch(r"[0-9a-f]{2}/[0-9a-f]{64}\.png", row["image_path"]) for row in records)
+    assert before == {path for path in tmp_path.rglob("*") if "unpacked" not in path.parts}
+
+
+def test_tables_named_for_their_splits_are_one_source(table):
+    header, *rows = (table / "lines.tsv").read_text().splitlines()
+    header = header.replace("set", "old_set")
+    (table / "lines.tsv").unlink()
+    (table / "train.tsv").write_text("\n".join([header, *rows[:2]]) + "\n")
+    (table / "dev.tsv").write_text("\n".join([header, rows[2]]) + "\n")
+    records, _ = import_lines(table)
+    assert [row["split"] for row in records] == ["validation", "train", "train"]
 
 
 # --- any source ------------------------------------------------------------------------------------------------------

@@ -37,9 +37,9 @@ def export_lines(
 ) -> list[Path]:
     """Writes what was read on the lines; returns the files, in the order of the manifest.
 
-    Every page has a file of its name below `folder`, PAGE and ALTO under the names of the files that they came from; TSV
-    is one file, lines.tsv. Files of an earlier export are
-    replaced, each in one step. Lines of a page stand in the order of the manifest, which is the reading order.
+    Every page has a file of its name below `folder`, in PAGE and ALTO that of the file which it came from; TSV is one
+    file, lines.tsv. Files of an earlier export are replaced, each in one step. Lines of a page stand in the order of the
+    manifest, which is the reading order.
 
     Args:
         format: one of FORMATS; page and alto need lines that came from files of that format.
@@ -117,7 +117,7 @@ def _of_format(lines: list[dict[str, Any]], format: str) -> list[dict[str, Any]]
     others = sorted({line["format"] for line in lines} - {format})
     if not fitting:
         raise UserError(
-            f"None of the lines came from a {format.upper()} file, but from: {', '.join(others)}. "
+            f"None of the lines came from {format.upper()} files, but from: {', '.join(others)}. "
             "Export them as text, tsv or hocr."
         )
     if others:
