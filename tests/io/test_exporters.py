@@ -307,6 +307,7 @@ def test_pages_that_would_share_a_file_are_an_error(line_images, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"format": "docx"}, r"format 'docx': expected one of page, alto, text, tsv, hocr"),
         ({"decoder": "beem"}, r"decoder 'beem': .*Those there are: beam, greedy"),
         ({"split": "train"}, r"split 'train': none of its lines was read\. Splits with readings: test"),
         ({"format": "page"}, r"None of the lines came from PAGE files, but from: lines\. Export them as"),

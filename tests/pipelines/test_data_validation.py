@@ -12,7 +12,7 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.io.importers import SourceConfig, SourcesConfig
 from htr_pipeline.io.importers.demo import DemoConfig
-from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, image_roots, to_table
+from htr_pipeline.io.manifest import LEFT_OUT, MANIFEST, REJECTED_LINES, id_prefixes, image_roots, to_table
 from htr_pipeline.pipelines.data_validation.expectations import (
     ValidationConfig,
     Validator,
@@ -269,6 +269,97 @@ def test_line_folder_becomes_a_manifest_split_by_writer_twice_the_same(tmp_path)
     assert set(frame["split"]) == {"train", "validation", "test"}
     assert image_roots(manifest) == {"source": tmp_path / "source"}
     assert rejected.to_pylist()[0]["file"] == "writer0/line0.png"
+
+
+def two_sources(tmp_path):
+    """Two archives that both have the writers writer0 … writer4."""
+    for name in ("a", "b"):
+        write_lines(tmp_path / name)
+    return {"a": {"path": str(tmp_path / "a")}, "b": {"path": str(tmp_path / "b"), "split": "test"}}
+
+
+def test_several_sources_keep_their_ids_apart_and_have_rules_of_their_own(tmp_path):
+    entries = two_sources(tmp_path)
+    (tmp_path / "b" / "writer0" / "line0.gt.txt").unlink()
+    entries["b"]["writer_pattern"] = "(line.)"
+    manifest, rejected, _ = import_sources(SourceConfig(), SourcesConfig(**entries), DemoConfig())
+    frame = manifest.to_pandas()
+    assert frame["line_id"].is_unique
+    assert set(frame["source"]) == {"a", "b"}
+    assert set(frame[frame["source"] == "a"]["writer_id"]) == {f"a/writer{index}" for index in range(5)}
+    assert set(frame[frame["source"] == "b"]["writer_id"]) == {f"b/line{index}" for index in range(3)}
+    assert set(frame[frame["source"] == "b"]["split"]) == {"test"}
+    assert all(row.line_id.startswith(f"{row.source}/") for row in frame.itertuples())
+    assert all(row.page_id.startswith(f"{row.source}/") for row in frame.itertuples())
+    assert [(row["line_id"], row["file"]) for row in rejected.to_pylist()] == [
+        ("b/writer0/line0", "b/writer0/line0.png")
+    ]
+    assert image_roots(manifest) == {"a": tmp_path / "a", "b": tmp_path / "b"}
+    assert id_prefixes(manifest) == {"a": "a/", "b": "b/"}
+
+
+def test_a_source_that_others_join_keeps_its_splits(tmp_path):
+    entries = two_sources(tmp_path)
+    alone, _, _ = import_sources(SourceConfig(**entries["a"]), SourcesConfig(), DemoConfig())
+    joined, _, _ = import_sources(SourceConfig(), SourcesConfig(**entries), DemoConfig())
+    before = dict(zip(alone["line_id"].to_pylist(), alone["split"].to_pylist(), strict=True))
+    after = dict(zip(joined["line_id"].to_pylist(), joined["split"].to_pylist(), strict=True))
+    assert {f"a/{line_id}": split for line_id, split in before.items()}.items() <= after.items()
+
+
+def test_features_of_several_sources_are_made_of_their_own_images(tmp_path):
+    from htr_pipeline.io.features import FeatureShards, ShardPlan
+
+    entries = two_sources(tmp_path)
+    Image.new("L", (300, 40), 255).save(tmp_path / "b" / "writer0" / "line0.png")
+    manifest, _, _ = import_sources(SourceConfig(), SourcesConfig(**entries), DemoConfig())
+    ShardPlan(manifest, ImageConfig(num_workers=1)).write(tmp_path / "features", tmp_path / "none")
+    rows = FeatureShards(tmp_path / "features").read_lines(["a/writer0/line0", "b/writer0/line0"])
+    assert rows["a/writer0/line0"]["ink_share"] > 0
+    assert rows["b/writer0/line0"]["ink_share"] == 0
+
+
+def test_source_that_lacks_its_folder_is_named(tmp_path):
+    sources = SourcesConfig(mine={"path": str(tmp_path / "nowhere")})
+    with pytest.raises(UserError, match=r"^sources\.mine: source\.path = '.*nowhere': there is no such file or folder"):
+        import_sources(SourceConfig(), sources, DemoConfig())
+
+
+def test_entry_takes_what_it_leaves_out_from_source_but_its_format_is_auto():
+    source = SourceConfig(format="demo", unicode_form="NFD", writer_pattern="(x)")
+    resolved = SourcesConfig(a={"path": "x", "writer_pattern": None}).resolve(source)
+    assert resolved == {"a": SourceConfig(path="x", format="auto", unicode_form="NFD")}
+    assert SourcesConfig().resolve(source) == {None: source}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            {"a": {"path": "x", "formt": "lines"}},
+            r"In sources\.a: source\.formt = 'lines': .*Did you mean source\.format",
+        ),
+        ({"a": {"path": "x", "split": "tset"}}, r"In sources\.a: source\.split = 'tset': expected one of 'given'"),
+        ({"a": {"format": "lines"}}, r"sources\.a = .*at least its path"),
+        ({"a": "folder"}, r"sources\.a = 'folder': expected settings of a source"),
+        ({"a/b": {"path": "x"}}, r"sources\.a/b: a name has letters"),
+    ],
+)
+def test_wrong_entry_of_sources_is_named(entries, message):
+    with pytest.raises(UserError, match=message):
+        SourcesConfig(**entries)
+
+
+def test_lines_that_official_splits_leave_out_do_not_stop_the_run(tmp_path):
+    left_out = [
+        {"line_id": f"x{i}", "file": "lines.txt", "stage": "import", "reason": LEFT_OUT, "detail": "in no split"}
+        for i in range(100)
+    ]
+    config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_rejected_share=0.0)
+    imported = to_table(good_lines(), MANIFEST), to_table(left_out, REJECTED_LINES), []
+    validated, rejected, summary = validate_lines(*imported, config, ImageConfig())
+    assert check_manifest(validated, rejected, summary, config).num_rows == 12
+    assert summary["reasons"] == {LEFT_OUT: 100}
 
 
 def test_pipeline_saves_the_rejected_lines_before_it_stops(tmp_path):
