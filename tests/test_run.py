@@ -323,6 +323,33 @@ def test_training_goes_on_after_sigkill_in_the_same_mlflow_run_with_the_same_res
     pd.testing.assert_frame_equal(pd.read_parquet(paths["history"])[timeless], history[timeless])
 
 
+# --- exports ---------------------------------------------------------------------------------------------------------
+
+
+def kedro_export(project, *arguments):
+    command = [sys.executable, "-m", "kedro", "export", "--env", "test", *arguments]
+    return subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_export_writes_what_was_read(toy, tmp_path):
+    done = kedro_export(toy.project, "--format", "tsv", "--output", str(tmp_path), "--split", "test")
+    assert done.returncode == 0, done.stderr
+    assert f"1 file(s) in {tmp_path}" in done.stdout
+    predictions = pd.read_parquet(catalog(toy.project)["predictions"])
+    read = predictions[(predictions["split"] == "test") & (predictions["decoder"] == "greedy")]
+    exported = pd.read_csv(tmp_path / "lines.tsv", sep="\t", quoting=3, keep_default_na=False)
+    assert dict(zip(exported["line_id"], exported["text"], strict=True)) == dict(
+        zip(read["line_id"], read["hypothesis"], strict=True)
+    )
+
+
+def test_export_that_cannot_be_is_a_sentence(toy, tmp_path):
+    done = kedro_export(toy.project, "--format", "page", "--output", str(tmp_path))
+    assert done.returncode == 1
+    assert "Error: None of the lines came from PAGE files, but from: demo" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +359,7 @@ def test_training_goes_on_after_sigkill_in_the_same_mlflow_run_with_the_same_res
         ("training.epoch=3", "Did you mean training.epochs?"),
         ("training.epochs=0", "training.epochs = 0"),
         ("trainig.epochs=3", "Did you mean training?"),
+        ("sources.iam.path=x,sources.iam.formt=iam", "In sources.iam: source.formt = 'iam': there is no such setting"),
     ],
 )
 def test_wrong_parameter_stops_before_any_node_with_a_sentence(tmp_path, mistake, message):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,7 @@ def _causes(exc: BaseException | None) -> Iterator[BaseException]:
 
 def _settings_message(exc: ParameterValidationError) -> str:
     """Kedro's words without the names of classes."""
-    lines = [line.rsplit("': ", 1)[-1] if "Failed to instantiate" in line else line for line in str(exc).splitlines()]
+    lines = re.sub(r".*Failed to instantiate \w+ for parameter '[^']*': ", "", str(exc)).splitlines()
     return "\n".join(lines[1:] or lines)
 
 

@@ -38,8 +38,8 @@ def export_lines(
     """Writes what was read on the lines; returns the files, in the order of the manifest.
 
     Every page has a file of its name below `folder`, in PAGE and ALTO that of the file which it came from; TSV is one
-    file, lines.tsv. Files of an earlier export are replaced, each in one step. The lines of a page stand in the order of
-    the manifest, which is the reading order.
+    file, lines.tsv. Files of an earlier export are replaced, each in one step. The lines of a page stand in the
+    manifest's order, which is the reading order.
 
     Args:
         format: one of FORMATS; page and alto need lines that came from files of that format.
