@@ -113,7 +113,7 @@ def test_broken_entries_are_rejected_with_their_place():
         ("ascii/lines.txt:4", "bad_row"),  # an id that leads out of the folder
         ("ascii/lines.txt:5", "bad_row"),
         ("ascii/lines.txt:6", "duplicate_id"),
-        ("tr.lst", "unknown_id"),
+        ("task/tr.lst", "unknown_id"),
     ]
     to_table(rejected, REJECTED_LINES)
 
