@@ -110,6 +110,19 @@ def test_baseline_longer_than_the_polygon_adds_nothing():
     assert width == pytest.approx(200, abs=6)
 
 
+def test_tip_of_a_far_flourish_is_cut_off():
+    flat = [[50, 120], [450, 120], [450, 164], [50, 164]]
+    baseline = [[50, 150], [450, 150]]
+    spiked = [[50, 120], [100, 120], [105, 0], [110, 120], *flat[1:]]
+    assert line_size(flat, baseline)[0] == 48
+    assert 60 < line_size(spiked, baseline)[0] < 90
+
+
+def test_usual_rise_of_letters_stays():
+    outline = [[50, 120], [100, 120], [105, 100], [110, 120], [450, 120], [450, 164], [50, 164]]
+    assert line_size(outline, [[50, 150], [450, 150]])[0] == 68
+
+
 @pytest.mark.parametrize("baseline", [None, [[100, 100]], [[100, 100], [100, 100]], []])
 def test_polygon_alone_is_cut_along_its_main_axis(baseline):
     grey = page(height=500)

@@ -21,6 +21,9 @@ _USUAL_LINES = 30
 # shorter one says nothing about its writing.
 _MIN_ELONGATION = 3.0
 _MARGIN_PIXELS = 2
+# How far a single flourish may rise or fall beyond the polygon's usual border, in mean heights of the polygon. More
+# would shrink all letters of the line when it is scaled to the network's height.
+_MAX_FLOURISH = 0.75
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ def cut_line(page: np.ndarray, polygon: Points | None, baseline: Points | None) 
     """(h, w) uint8 grey image of one line, at the page's resolution.
 
     The line is straightened along its baseline; without one, along the main axis of a long polygon, or not at all.
-    What lies outside the polygon (neighbours' ink, the page's edge) becomes the colour of the paper nearby.
+    What lies outside the polygon (neighbours' ink, the page's edge) becomes the colour of the paper nearby. The height
+    is that of the polygon, but the tip of a single flourish far above or below the others is cut off.
 
     Args:
         page: (H, W) uint8 grey.
@@ -166,7 +170,7 @@ def _plan(outline: np.ndarray, baseline: Points | None) -> _Grid:
     tangent = _unit(np.stack([np.interp(position, np.arange(len(knots)), axis) for axis in directions.T], axis=1))
     along, across = _line_coordinates(outline, centre, tangent, body)
     start, stop = round(along.min()) - _MARGIN_PIXELS, round(along.max()) + _MARGIN_PIXELS
-    top, bottom = round(across.min()) - _MARGIN_PIXELS, round(across.max()) + _MARGIN_PIXELS
+    top, bottom = -_reach(-across, body) - _MARGIN_PIXELS, _reach(across, body) + _MARGIN_PIXELS
     if max(top, -bottom) > bottom - top:
         raise UserError(
             f"the baseline lies {max(top, -bottom)} pixels from the polygon, which is {bottom - top} high. "
@@ -253,6 +257,13 @@ def _line_coordinates(
     along = anchor + (offset * direction).sum(axis=1)
     across = offset[:, 1] * direction[:, 0] - offset[:, 0] * direction[:, 1]
     return along, across
+
+
+def _reach(across: np.ndarray, body: float) -> int:
+    """Distance from the baseline to the last row on its positive side, without the tip of a far flourish."""
+    farthest = float(across.max())
+    outer = across[across > 0]
+    return round(min(farthest, float(np.median(outer)) + _MAX_FLOURISH * body) if len(outer) else farthest)
 
 
 def _lay_paper(line: np.ndarray, mask: np.ndarray) -> np.ndarray:
