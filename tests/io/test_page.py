@@ -84,6 +84,12 @@ def test_line_without_text_is_rejected_as_empty(source):
     assert [(row["line_id"], row["reason"]) for row in rejected] == [("transkribus_2013/empty", "empty_text")]
 
 
+def test_line_without_text_is_only_that_also_where_its_points_are_broken(source):
+    add(source, "escriptorium_2019.xml", change={"first line": " ", "35,50 250,50": "35,fifty"})
+    _, rejected = read(source)
+    assert [(row["line_id"], row["reason"]) for row in rejected] == [("escriptorium_2019/l1", "empty_text")]
+
+
 def test_coords_without_an_area_become_a_band_around_the_baseline(source):
     add(source, "transkribus_2013.xml")
     first = read(source)[0][0]
