@@ -1,4 +1,5 @@
 import math
+import time
 
 import cv2
 import numpy as np
@@ -110,6 +111,19 @@ def test_baseline_longer_than_the_polygon_adds_nothing():
     assert width == pytest.approx(200, abs=6)
 
 
+def test_tip_of_a_far_flourish_is_cut_off():
+    flat = [[50, 120], [450, 120], [450, 164], [50, 164]]
+    baseline = [[50, 150], [450, 150]]
+    spiked = [[50, 120], [100, 120], [105, 0], [110, 120], *flat[1:]]
+    assert line_size(flat, baseline)[0] == 48
+    assert 60 < line_size(spiked, baseline)[0] < 90
+
+
+def test_usual_rise_of_letters_stays():
+    outline = [[50, 120], [100, 120], [105, 100], [110, 120], [450, 120], [450, 164], [50, 164]]
+    assert line_size(outline, [[50, 150], [450, 150]])[0] == 68
+
+
 @pytest.mark.parametrize("baseline", [None, [[100, 100]], [[100, 100], [100, 100]], []])
 def test_polygon_alone_is_cut_along_its_main_axis(baseline):
     grey = page(height=500)
@@ -197,6 +211,7 @@ def test_line_size_is_the_size_of_the_cut_line():
         ([[1000, 10], [1100, 10], [1100, 50]], None, "x 1000 to 1100.*outside the page of 900 x 300"),
         ([[10, 10], [100, 10], [100, 40], [10, 40]], [[10, 200], [100, 200]], "158 pixels from the polygon"),
         ([[0, 0], [50000, 0], [50000, 100], [0, 100]], None, "50004 x 104 pixels large. At most 32000 a side"),
+        ([[0, 0], [9000, 0], [9000, 8000], [0, 8000]], None, "9004 x 8004 pixels large. At most .* 20000000 in all"),
         ([[0, 0], [100, 0], [100, 40], [0, 40]], [[0, 0], [900000, 0]], "900000 pixels long"),
     ],
 )
@@ -220,3 +235,11 @@ def test_any_geometry_is_cut_or_refused():
         assert line.dtype == np.uint8
         assert line.shape == line_size(outline, baseline)
     assert num_cut > 50
+
+
+def test_polygon_that_runs_to_and_fro_costs_little():
+    rng = np.random.default_rng(3)
+    outline = rng.integers(0, 4000, (5000, 2)) * (5, 0.01)
+    start = time.process_time()
+    line_size(outline.tolist(), (rng.integers(0, 40, (2000, 2)) * (500, 1)).tolist()[:3])
+    assert time.process_time() - start < 1

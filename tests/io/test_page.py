@@ -84,6 +84,12 @@ def test_line_without_text_is_rejected_as_empty(source):
     assert [(row["line_id"], row["reason"]) for row in rejected] == [("transkribus_2013/empty", "empty_text")]
 
 
+def test_line_without_text_is_only_that_also_where_its_points_are_broken(source):
+    add(source, "escriptorium_2019.xml", change={"first line": " ", "35,50 250,50": "35,fifty"})
+    _, rejected = read(source)
+    assert [(row["line_id"], row["reason"]) for row in rejected] == [("escriptorium_2019/l1", "empty_text")]
+
+
 def test_coords_without_an_area_become_a_band_around_the_baseline(source):
     add(source, "transkribus_2013.xml")
     first = read(source)[0][0]
@@ -236,14 +242,17 @@ def test_image_above_the_source_is_not_read_but_the_way_out_is_told(source):
     assert "if it lies above source.path, give that folder as source.path" in rejected[0]["detail"]
 
 
-def test_image_is_decoded_once_for_all_lines_of_its_page(source, monkeypatch):
+@pytest.mark.parametrize("num_bytes", [None, 1000])
+def test_image_is_decoded_once_for_all_lines_of_its_page_also_if_that_fails(source, monkeypatch, num_bytes):
     from htr_pipeline.io import importers
 
     decoded = []
     original = importers.read_image
     monkeypatch.setattr(importers, "read_image", lambda image: decoded.append(image) or original(image))
+    (source / "page.png").write_bytes((source / "page.png").read_bytes()[:num_bytes])
     add(source, "escriptorium_2019.xml")
-    assert len(read(source)[0]) == 2
+    records, rejected = read(source)
+    assert len(records if num_bytes is None else rejected) == 2
     assert len(decoded) == 1
 
 

@@ -96,7 +96,10 @@ def _open(data: bytes, root: str, id_name: str, readings: Mapping[str, Reading])
     # Of two lines with one id the importer takes the first.
     lines = {line.attributes.get(id_name, ""): line for line in reversed(list(xml.root.iter("TextLine")))}
     if missing := [line_id for line_id in readings if line_id not in lines]:
-        raise UserError(f"there is no line {', '.join(missing[:3])}. Was the file changed since the import?")
+        raise UserError(
+            f"there is no line with the id {', '.join(missing[:3])}. Was the file changed since the import? "
+            "Lines without ids, which are imported as line1, line2, …, cannot be written back."
+        )
     return xml, lines
 
 

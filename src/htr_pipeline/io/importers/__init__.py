@@ -160,11 +160,15 @@ def import_lines(
         raise UserError(f"source.path = {str(path)!r}: read as {format!r}, but it has no line. {_contents(path)}")
 
     resolved_root, name = root.resolve(), source_root(path).resolve().name
+    # Remembered, also where it fails: ten thousand lines must not have the same bad page decoded ten thousand times.
+    measure = lru_cache(maxsize=1024)(_measure_image)
+
+    def finish(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [_finish(row, root, resolved_root, config, measure) for row in part]
+
     with ThreadPool(min(os.cpu_count() or 1, _MAX_THREADS)) as pool:
-        found = pool.imap(lambda part: _finish_together(part, root, resolved_root, config), _parts(rows))
-        finished = list(
-            tqdm(chain.from_iterable(found), total=len(rows), desc="Reading line images", unit="line", mininterval=0.5)
-        )
+        found = chain.from_iterable(pool.imap(finish, _parts(rows)))
+        finished = list(tqdm(found, total=len(rows), desc="Reading line images", unit="line", mininterval=0.5))
 
     records, rejected = [], []
     first_file: dict[str, str] = {}
@@ -261,25 +265,14 @@ def _parts(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield part
 
 
-def _finish_together(
-    rows: list[dict[str, Any]], root: Path, resolved_root: Path, config: SourceConfig
-) -> list[dict[str, Any]]:
-    measure = lru_cache(maxsize=1)(_measure_image)
-    return [_finish(row, root, resolved_root, config, measure) for row in rows]
-
-
-def _measure_image(image: Path) -> tuple[str, int, int]:
-    """Hash, height and width of an image that can be decoded.
-
-    Raises:
-        UserError: it cannot.
-    """
+def _measure_image(image: Path) -> tuple[str, int, int] | str:
+    """Hash, height and width of an image that can be decoded, or else what is wrong with it."""
     try:
         with image.open("rb") as stream:
             content_hash = hashlib.file_digest(stream, "sha256").hexdigest()
         return content_hash, *read_image(image).shape
     except (UserError, OSError) as exc:
-        raise UserError(str(exc).removeprefix(f"{image}: ")) from exc
+        return str(exc).removeprefix(f"{image}: ")
 
 
 def _finish(
@@ -287,7 +280,7 @@ def _finish(
     root: Path,
     resolved_root: Path,
     config: SourceConfig,
-    measure: Callable[[Path], tuple[str, int, int]],
+    measure: Callable[[Path], tuple[str, int, int] | str],
 ) -> dict[str, Any]:
     """The row as a record of the manifest, or with the reason why it cannot be one."""
     printable = {key: _printable(value) for key, value in row.items()}
@@ -311,10 +304,10 @@ def _finish(
     if not there:
         detail = f"{row['image_path']}: there is no such image file in {root}. Correct the path or remove the line."
         return row | _reject("missing_image", detail)
-    try:
-        content_hash, height, width = measure(image)
-    except UserError as exc:
-        return row | _reject("unreadable_image", f"{row['image_path']}: {exc}")
+    measured = measure(image)
+    if isinstance(measured, str):
+        return row | _reject("unreadable_image", f"{row['image_path']}: {measured}")
+    content_hash, height, width = measured
     polygon = baseline = None
     if "page_size" in row:
         try:

@@ -268,8 +268,7 @@ def _row(file: Path, number: int, values: Mapping[str, Any] | str, names: Mappin
     if split and not parse_split(split):
         allowed = "; ".join(f"{name} ({', '.join(others)})" for name, others in SPLIT_NAMES.items())
         raise UserError(
-            f"{place}: {names['split']} = {split!r} is not a split. Allowed: {allowed}. "
-            'Or set source.split_column="" to have the lines split by writer.'
+            f"{place}: {names['split']} = {split!r} is not a split. Allowed: {allowed}. Or set source.split=by_writer."
         )
     image_path, line_id = cells.get("image"), cells.get("id")
     if isinstance(unpacked, _Unpacked):

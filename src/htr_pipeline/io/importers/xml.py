@@ -260,7 +260,8 @@ def _page_rows(base: Mapping[str, Any], page: Page, images: "ImageIndex") -> Ite
         if "reason" not in row and len(line.text) > MAX_CHARACTERS:
             detail = f"{len(line.text)} characters; at most {MAX_CHARACTERS} are read. Is it one line?"
             row |= {"reason": "long_text", "detail": f"{row['line_id']}: {detail}"}
-        if "reason" not in row and line.problem:
+        # Without a text the line is only waiting, whatever its geometry.
+        if "reason" not in row and line.problem and line.text.strip():
             row |= {"reason": "bad_geometry", "detail": f"{row['line_id']}: {line.problem}"}
         yield row | {"polygon": line.polygon, "baseline": line.baseline, "page_size": page_size}
 

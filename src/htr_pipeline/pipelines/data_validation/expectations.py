@@ -173,7 +173,7 @@ def set_checks() -> list[Check]:
             lambda frame: (
                 "Writers in more than one split, so that the test would have hands seen in training: "
                 + _list_writers(frame[~frame["writer_splits"].isin(SPLITS)])
-                + '. Correct the splits in the source, or set source.split_column="" to split by writer.'
+                + ". Correct the splits in the source, or set source.split=by_writer to split by writer."
             ),
         ),
         Check(
@@ -186,7 +186,7 @@ def set_checks() -> list[Check]:
                     ", ".join(f"{split} {num}" for split, num in sorted(Counter(frame["split"]).items()))
                     or "none at all"
                 )
-                + '. Add lines, leave the split of some empty, or set source.split_column="" to split by writer.'
+                + ". Add lines, leave the split of some empty, or set source.split=by_writer to split by writer."
             ),
         ),
     ]
