@@ -147,6 +147,14 @@ def test_form_that_is_a_link_out_of_the_folder_is_not_read(iam, tmp_path):
     assert "link" in rejected[0]["detail"]
 
 
+@pytest.mark.parametrize("name", ["ascii/lines.txt", "ascii/forms.txt", "task/testset.txt"])
+def test_list_that_is_a_link_out_of_the_folder_is_not_read(iam, tmp_path, name):
+    (iam / name).rename(tmp_path / "outside.txt")
+    (iam / name).symlink_to(tmp_path / "outside.txt")
+    with pytest.raises(UserError, match=rf"{name} is a link out of"):
+        import_lines(iam)
+
+
 @pytest.mark.parametrize("choice", ["lines", "words", "xml"])
 def test_missing_transcriptions_are_named(tmp_path, choice):
     with pytest.raises(UserError, match=rf"source\.iam_text = '{choice}'\. Expected"):

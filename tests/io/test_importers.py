@@ -88,6 +88,7 @@ def test_txt_beside_gt_txt_is_not_the_ground_truth(lines):
 
 @pytest.mark.parametrize("split", ["by_writer", "train", "validation", "test"])
 def test_split_rule_of_a_source_overrides_its_splits(table, split):
+    (table / "lines.tsv").write_text((table / "lines.tsv").read_text().replace("train", "not the name of a split"))
     records, _ = import_lines(table, config=SourceConfig(split=split))
     assert {record["split"] for record in records} == {None if split == "by_writer" else split}
 
@@ -177,6 +178,15 @@ def png_bomb():
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0" * 100))
+
+
+def test_text_that_is_a_link_out_of_the_folder_is_not_read(tmp_path, lines):
+    (tmp_path / "secret.txt").write_text("secret")
+    (lines / "anna" / "p1_01.gt.txt").unlink()
+    (lines / "anna" / "p1_01.gt.txt").symlink_to(tmp_path / "secret.txt")
+    records, rejected = import_lines(lines)
+    assert [(row["file"], row["reason"]) for row in rejected] == [("anna/p1_01.png", "outside_folder")]
+    assert "secret" not in str(records) + rejected[0]["detail"]
 
 
 def test_decompression_bomb_is_rejected_by_its_header(tmp_path):
@@ -424,6 +434,7 @@ def test_tables_named_for_their_splits_are_one_source(table):
     (table / "dev.tsv").write_text("\n".join([header, rows[2]]) + "\n")
     records, _ = import_lines(table)
     assert [row["split"] for row in records] == ["validation", "train", "train"]
+    assert {row["split"] for row in import_lines(table / "train.tsv")[0]} == {None}  # alone it says nothing of splits
 
 
 # --- any source ------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_writer_in_two_splits_stops_the_run(tmp_path):
     rows = good_lines()
     rows[6]["split"] = "test"
     validated, rejected, summary, config = validate(rows, tmp_path)
-    with pytest.raises(UserError, match=r"more than one split.*'writer0' \(test and train\).*source\.split_column"):
+    with pytest.raises(UserError, match=r"more than one split.*'writer0' \(test and train\).*source\.split=by_writer"):
         check_manifest(validated, rejected, summary, config)
 
 

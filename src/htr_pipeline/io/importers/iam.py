@@ -230,7 +230,10 @@ def _entries(file: Path) -> Iterator[tuple[int, str]]:
 
 def _find(path: Path, name: str) -> Path | None:
     """The file of this name in the folder, or in a folder of it."""
-    return next((file for file in (path / name, *sorted(path.glob(f"*/{name}"))) if file.is_file()), None)
+    file = next((file for file in (path / name, *sorted(path.glob(f"*/{name}"))) if file.is_file()), None)
+    if file and not file.resolve().is_relative_to(path.resolve()):
+        raise UserError(f"{file} is a link out of {path}, which is not followed. Copy the file.")
+    return file
 
 
 def _group(segmentation: str) -> str:

@@ -83,6 +83,9 @@ def visible_files(path: Path) -> Iterator[str]:
 def _read_text(root: Path, name: str) -> dict[str, str]:
     """The text of a line, or why there is none."""
     try:
+        if not (root / name).resolve().is_relative_to(root.resolve()):
+            detail = f"{name} is a link out of the source's folder, which is not followed. Copy the file."
+            return {"reason": "outside_folder", "detail": detail}
         return {"text": (root / name).read_text(encoding="utf-8-sig")}
     except FileNotFoundError:
         detail = f"there is no {name} beside the image. Transcribe the line into it or remove the image."
@@ -90,8 +93,8 @@ def _read_text(root: Path, name: str) -> dict[str, str]:
     except UnicodeDecodeError as exc:
         detail = f"{name} is not UTF-8 (byte {exc.start}). Save it again as UTF-8."
         return {"reason": "unreadable_text", "detail": detail}
-    except OSError as exc:
+    except (OSError, RuntimeError) as exc:
         return {
             "reason": "unreadable_text",
-            "detail": f"{name} cannot be read ({exc.strerror}). Check its permissions.",
+            "detail": f"{name} cannot be read ({exc}). Check its permissions.",
         }

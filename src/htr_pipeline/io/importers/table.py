@@ -62,12 +62,15 @@ def read_table(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
             there is not.
     """
     rows = []
-    for file in _table_files(path):
+    files = _table_files(path)
+    for file in files:
         columns, table_rows = (
             _read_parquet(file, config) if file.suffix.lower() == ".parquet" else _read_text_table(file)
         )
         names = _find_columns(file, columns, config)
-        split = parse_split(file.stem.partition("-")[0]) if "split" not in names else None
+        if config.split != "given":
+            names.pop("split", None)
+        split = parse_split(file.stem.partition("-")[0]) if len(files) > 1 else None
         for number, values in table_rows:
             row = _row(file, number, values, names)
             rows.append(row | {"split": row.get("split") or split})
@@ -184,7 +187,7 @@ def _parquet_rows(file: Path, schema: pa.Schema, names: Mapping[str, str], folde
 def _holds_bytes(kind: pa.DataType) -> bool:
     """Whether a column's cells are images: bytes, or structures with them."""
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
@@ -214,7 +217,7 @@ class _Unpacked:
 
 def _unpack(cell: Any, folder: Path) -> _Unpacked:
     """Writes the image to a file named by its content, if it is not there yet."""
-    data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+    data, name = (cell["bytes"], str(cell.get("path") or "")) if isinstance(cell, dict) else (cell, None)
     if not data:
         return _Unpacked(None, name, "there is no image in the table. Write it into the table, or remove the row")
     if len(data) > MAX_IMAGE_BYTES:
