@@ -55,12 +55,12 @@ DECODERS = ("greedy", "beam", "beam_lm")
 class DecodingConfig:
     """How network outputs become text; language model, lexicon and hot words are those of beam_lm."""
 
-    decoder: str = setting(default="greedy", choices=DECODERS)  # of headline, gate and served model
+    decoder: str = setting(default="beam_lm", choices=DECODERS)  # of headline, gate and served model
     beam_width: int = setting(default=20, minimum=1)
     # Weight of the language model, bonus for each character. None: tuned on the validation lines.
     alpha: float | None = setting(default=None, minimum=0.0)
     beta: float | None = setting(default=None)
-    lexicon: str = setting(default="off", choices=("off", "strict", "open"))
+    lexicon: str | bool = setting(default="off", choices=("off", False, "strict", "open"))  # YAML reads off as False
     lexicon_words: str | None = setting(default=None)  # file of words; None: those of the language model's texts
     unknown_word_price: float = setting(default=4.0, minimum=0.0)  # nats, of an open lexicon
     hot_words: dict[str, float] = setting(default={})  # nats that each occurrence gains
@@ -85,7 +85,7 @@ class DecodingConfig:
         Args:
             words: the known words; not looked at where the lexicon is off.
         """
-        if self.lexicon == "off":
+        if self.lexicon in ("off", False):
             return Lexicon(unknown_price=0.0, hot_words=self.hot_words) if self.hot_words else None
         price = math.inf if self.lexicon == "strict" else self.unknown_word_price
         return Lexicon(words, unknown_price=price, hot_words=self.hot_words)

@@ -34,7 +34,7 @@ _SPLITS = ("validation", "test")
 _CHUNK_LINES = 256
 # What is tried for the language model's weight and the bonus of a character, and on how many lines at most.
 _ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
-_BETAS = (0.0, 0.5, 1.0, 1.5, 2.0)
+_BETAS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
 _TUNING_LINES = 512
 # With fewer validation lines, confidences stay as they are.
 _FEWEST_CALIBRATION_LINES = 32
@@ -119,20 +119,23 @@ def _row(line: dict[str, Any], decoder: str, reference: str, reading: "Reading")
 
 def calibrate_confidences(readings: pa.Table) -> tuple[dict[str, Any], pa.Table]:
     """Readings → calibration, predictions: confidences as probabilities of being right, fitted on validation lines."""
-    calibration: dict[str, Any] = {decoder: {} for decoder in DECODERS}
-    parts = []
-    for decoder in DECODERS:
-        own = readings.filter(pc.equal(readings["decoder"], decoder))
-        validation = own.filter(pc.equal(own["split"], "validation"))
-        maps = {"lines": Calibration(), "characters": Calibration()}
-        if len(validation) >= _FEWEST_CALIBRATION_LINES:
-            maps = {level: fit_calibration(*outcomes) for level, outcomes in _outcomes(validation).items()}
-        calibration[decoder] = {level: asdict(fitted) for level, fitted in maps.items()}
-        parts.append(_calibrated(own, maps))
-    if len(validation) < _FEWEST_CALIBRATION_LINES:
+    num_lines = pc.sum(pc.and_(_is(readings, "split", "validation"), _is(readings, "decoder", "greedy"))).as_py() or 0
+    if num_lines < _FEWEST_CALIBRATION_LINES:
         logger.warning("Confidences stay as the decoders give them: to calibrate them takes %d validation lines, "
-                       "there are %d.", _FEWEST_CALIBRATION_LINES, len(validation))  # fmt: skip
+                       "there are %d.", _FEWEST_CALIBRATION_LINES, num_lines)  # fmt: skip
+        return {}, readings
+    calibration, parts = {}, []
+    for decoder in DECODERS:
+        own = readings.filter(_is(readings, "decoder", decoder))
+        outcomes = _outcomes(own.filter(_is(own, "split", "validation")))
+        fitted = {level: fit_calibration(*known) for level, known in outcomes.items()}
+        calibration[decoder] = {level: asdict(parameters) for level, parameters in fitted.items()}
+        parts.append(_calibrated(own, fitted))
     return calibration, pa.concat_tables(parts)
+
+
+def _is(table: pa.Table, column: str, value: str) -> pa.ChunkedArray:
+    return pc.equal(table[column], value)
 
 
 def _outcomes(readings: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -241,8 +244,10 @@ def _score(lines: pd.DataFrame, evaluation: EvaluationConfig) -> dict[str, Any]:
 
 def _reliabilities(readings: pa.Table, predictions: pa.Table, decoder: str) -> dict[str, Any]:
     """Of the test lines and their characters: whether confidences keep their word, before and after calibration."""
-    wanted = (pc.field("split") == "test") & (pc.field("decoder") == decoder)
-    before, after = (_outcomes(table.filter(wanted)) for table in (readings, predictions))
+    before, after = (
+        _outcomes(table.filter(pc.and_(_is(table, "split", "test"), _is(table, "decoder", decoder))))
+        for table in (readings, predictions)
+    )
     return {
         level: {"before": asdict(reliability(*before[level])), "after": asdict(reliability(*after[level]))}
         for level in before
