@@ -119,23 +119,20 @@ def _row(line: dict[str, Any], decoder: str, reference: str, reading: "Reading")
 
 def calibrate_confidences(readings: pa.Table) -> tuple[dict[str, Any], pa.Table]:
     """Readings → calibration, predictions: confidences as probabilities of being right, fitted on validation lines."""
-    num_lines = pc.sum(pc.and_(_is(readings, "split", "validation"), _is(readings, "decoder", "greedy"))).as_py() or 0
+    is_validation = pc.field("split") == "validation"
+    num_lines = len(readings.filter(is_validation)) // len(DECODERS)
     if num_lines < _FEWEST_CALIBRATION_LINES:
         logger.warning("Confidences stay as the decoders give them: to calibrate them takes %d validation lines, "
                        "there are %d.", _FEWEST_CALIBRATION_LINES, num_lines)  # fmt: skip
         return {}, readings
     calibration, parts = {}, []
     for decoder in DECODERS:
-        own = readings.filter(_is(readings, "decoder", decoder))
-        outcomes = _outcomes(own.filter(_is(own, "split", "validation")))
+        own = readings.filter(pc.field("decoder") == decoder)
+        outcomes = _outcomes(own.filter(is_validation))
         fitted = {level: fit_calibration(*known) for level, known in outcomes.items()}
         calibration[decoder] = {level: asdict(parameters) for level, parameters in fitted.items()}
         parts.append(_calibrated(own, fitted))
     return calibration, pa.concat_tables(parts)
-
-
-def _is(table: pa.Table, column: str, value: str) -> pa.ChunkedArray:
-    return pc.equal(table[column], value)
 
 
 def _outcomes(readings: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -244,10 +241,8 @@ def _score(lines: pd.DataFrame, evaluation: EvaluationConfig) -> dict[str, Any]:
 
 def _reliabilities(readings: pa.Table, predictions: pa.Table, decoder: str) -> dict[str, Any]:
     """Of the test lines and their characters: whether confidences keep their word, before and after calibration."""
-    before, after = (
-        _outcomes(table.filter(pc.and_(_is(table, "split", "test"), _is(table, "decoder", decoder))))
-        for table in (readings, predictions)
-    )
+    wanted = (pc.field("split") == "test") & (pc.field("decoder") == decoder)
+    before, after = (_outcomes(table.filter(wanted)) for table in (readings, predictions))
     return {
         level: {"before": asdict(reliability(*before[level])), "after": asdict(reliability(*after[level]))}
         for level in before
