@@ -115,7 +115,7 @@ def test_whole_run_makes_every_output_of_the_catalog_and_leaves_no_partial_file(
 
 
 def test_whole_run_ends_with_the_error_rate_and_the_places_of_the_results(toy):
-    score = read_json(catalog(toy.project)["metrics"])["splits"]["test"]["greedy"]
+    score = read_json(catalog(toy.project)["metrics"])["splits"]["test"]["beam_lm"]
     assert f"CER {score['cer']:.2%}" in toy.output
     assert "data/08_reporting/report.html" in toy.output
     assert "models:/htr/1" in toy.output
@@ -169,7 +169,7 @@ answers = {
     "path": model.predict(pd.DataFrame({"image": [good, broken]})),
     "bytes": model.predict(pd.DataFrame({"image": [Path(good).read_bytes(), Path(broken).read_bytes()]})),
     "beam": model.predict(pd.DataFrame({"image": [good]}), params={"decoder": "beam", "beam_width": 3}),
-    "beam_lm": model.predict(pd.DataFrame({"image": [good]}), params={"decoder": "beam_lm"}),
+    "greedy": model.predict(pd.DataFrame({"image": [good]}), params={"decoder": "greedy"}),
 }
 print(json.dumps({name: json.loads(answer.to_json(orient="records")) for name, answer in answers.items()}))
 """
@@ -191,7 +191,7 @@ def test_champion_reads_paths_and_bytes_in_a_fresh_process_and_reports_a_broken_
     )
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])
-    expected = predictions.loc[("greedy", line["line_id"])]
+    expected = predictions.loc[("beam_lm", line["line_id"])]
     for kind in ("path", "bytes"):
         first, second = answers[kind]
         assert first["text"] == expected["hypothesis"]
@@ -201,7 +201,7 @@ def test_champion_reads_paths_and_bytes_in_a_fresh_process_and_reports_a_broken_
         assert "the image cannot be decoded" in second["error"]
     assert str(broken) in answers["path"][1]["error"]
     assert answers["beam"][0]["error"] is None
-    assert answers["beam_lm"][0]["text"] == predictions.loc[("beam_lm", line["line_id"])]["hypothesis"]
+    assert answers["greedy"][0]["text"] == predictions.loc[("greedy", line["line_id"])]["hypothesis"]
 
 
 # --- parts of it, from what is on disk -------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_evaluation_alone_gives_the_same_predictions_again(project):
     before, old = pd.read_parquet(paths["predictions"]), mtimes(paths)
     succeed(project, "--pipeline", "evaluation")
     changed = {name for name, mtime in mtimes(paths).items() if mtime != old[name]}
-    assert changed == {"tuned_decoding", "predictions", "metrics"}
+    assert changed == {"tuned_decoding", "readings", "calibration", "predictions", "metrics"}
     pd.testing.assert_frame_equal(pd.read_parquet(paths["predictions"]), before)
 
 

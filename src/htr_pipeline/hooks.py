@@ -19,6 +19,7 @@ from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 
 from htr_pipeline.core.config import UserError
+from htr_pipeline.core.recipe import DECODERS
 from htr_pipeline.io.atomic import replacing
 
 logger = logging.getLogger(__name__)
@@ -205,6 +206,7 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
         "",
         f"CER {score['cer']:.2%} (95 % interval {score['cer_low']:.2%} to {score['cer_high']:.2%}), "
         f"WER {score['wer']:.2%} on {score['num_lines']} {split} lines, {decoder}",
+        "CER by decoder: " + ", ".join(f"{name} {metrics['splits'][split][name]['cer']:.2%}" for name in DECODERS),
         "",
         f"  manifest       {place('manifest')}",
         f"  rejected       {place('rejected_lines')}",

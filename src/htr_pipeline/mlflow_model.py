@@ -8,6 +8,7 @@ import binascii
 import json
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType
 
 from htr_pipeline.core.batching import Line
+from htr_pipeline.core.calibration import Calibration
 from htr_pipeline.core.config import UserError
-from htr_pipeline.core.ctc.language_model import CharacterNGram
+from htr_pipeline.core.ctc.language_model import load_language_model
 from htr_pipeline.core.image import ImageConfig, normalise_line, read_image
 from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.core.text import Charset
@@ -53,11 +55,10 @@ def signature(decoding: DecodingConfig) -> ModelSignature:
     )
 
 
-def write_settings(path: Path, features: ImageConfig, decoding: DecodingConfig) -> None:
-    """The part of the configuration that reading a line depends on."""
-    path.write_text(
-        json.dumps({"features": asdict(features), "decoding": asdict(decoding)}, indent=1), encoding="utf-8"
-    )
+def write_settings(path: Path, features: ImageConfig, decoding: DecodingConfig, calibration: Mapping[str, Any]) -> None:
+    """What reading a line depends on beside the models: two blocks of the configuration, and the calibration."""
+    settings = {"features": asdict(features), "decoding": asdict(decoding), "calibration": calibration}
+    path.write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 # The signature says what predict takes; MLflow wants type hints beside it or warns at every load.
@@ -71,7 +72,7 @@ class LineReader(mlflow.pyfunc.PythonModel):
     """
 
     def load_context(self, context: Any) -> None:
-        """Loads network, charset, language model and settings from the model's artifacts."""
+        """Loads network, charset, language model, lexicon and settings from the model's artifacts."""
         import keras
 
         import htr_pipeline.core.model  # noqa: F401  registers the layers
@@ -81,13 +82,23 @@ class LineReader(mlflow.pyfunc.PythonModel):
         settings = json.loads(files["settings"].read_text(encoding="utf-8"))
         self._features = ImageConfig(**settings["features"])
         self._decoding = settings["decoding"]
-        self._language_model = CharacterNGram.load(files["language_model"])
+        self._language_model = load_language_model(files["language_model"])
+        words = files["lexicon"].read_text(encoding="utf-8").split()
+        self._lexicon = DecodingConfig(**self._decoding).build_lexicon(words)
         charset = Charset.from_json(files["charset"].read_text(encoding="utf-8"))
-        self._network = Network(keras.models.load_model(files["network"], compile=False, safe_mode=True), charset)
+        calibrations = {
+            decoder: {level: Calibration(**fitted) for level, fitted in levels.items()}
+            for decoder, levels in settings["calibration"].items()
+        }
+        network = keras.models.load_model(files["network"], compile=False, safe_mode=True)
+        self._network = Network(network, charset, calibrations)
 
     # Without type hints: MLflow would make a schema of its own of them.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """One row for each image: text, confidence (0 to 1), and the error where the image could not be read."""
+        """One row for each image: text, confidence, and the error where the image could not be read.
+
+        The confidence is the probability that the line is read without an error, as calibrated on validation lines.
+        """
         decoding = DecodingConfig(**{**self._decoding, **(params or {})})
         images = list(model_input.iloc[:, 0]) if isinstance(model_input, pd.DataFrame) else list(model_input)
         rows = []
@@ -103,7 +114,8 @@ class LineReader(mlflow.pyfunc.PythonModel):
                 lines.append(Line(str(index), pixels, ""))
             except UserError as exc:
                 errors[index] = str(exc)
-        readings = iter(self._network.decode(self._network.log_probs(lines), decoding, self._language_model))
+        log_probs = self._network.log_probs(lines)
+        readings = iter(self._network.decode(log_probs, decoding, self._language_model, self._lexicon))
         rows: list[tuple[str | None, float | None, str | None]] = []
         for index in range(len(images)):
             if index in errors:

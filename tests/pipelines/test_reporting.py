@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,6 +16,7 @@ from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from PIL import Image, ImageDraw, ImageFont
 
+from htr_pipeline.core.calibration import reliability, right_characters
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.io.manifest import FEATURES, HISTORY, MANIFEST, PREDICTIONS, REJECTED_LINES, to_table
@@ -121,6 +123,22 @@ def rates(pairs):
     }
 
 
+def kept_promises(rows):
+    """As metrics.json has them: of lines and characters, with the square of the confidence for what was before."""
+    lines = [row["confidence"] for row in rows], [row["reference"] == row["hypothesis"] for row in rows]
+    characters = (
+        [character["confidence"] for row in rows for character in row["characters"]],
+        [right for row in rows for right in right_characters(row["reference"], row["hypothesis"])],
+    )
+    return {
+        level: {
+            "before": asdict(reliability(np.square(confidences), is_right)),
+            "after": asdict(reliability(confidences, is_right)),
+        }
+        for level, (confidences, is_right) in (("lines", lines), ("characters", characters))
+    }
+
+
 def few(row):
     return {name: row[name] for name in ("num_lines", "num_characters", "cer")}
 
@@ -206,6 +224,10 @@ def make_inputs(
         "splits": {
             split: {decoder: rates(pairs(decoder, split=split)) for decoder in ("greedy", "beam")}
             for split in ("validation", "test")
+        },
+        "calibration": {
+            decoder: kept_promises([p for p in predictions if (p["decoder"], p["split"]) == (decoder, "test")])
+            for decoder in ("greedy", "beam")
         },
         "writers": [
             {"writer_id": w, "split": "test", **few(rates(pairs(split="test", writer_id=w)))}
@@ -448,6 +470,35 @@ def test_characters_that_cannot_be_seen_get_a_stand_in(character, shown):
     assert _show_character(character) == shown
 
 
+def test_reliability_is_drawn_before_and_after_calibration_with_its_counts(html, inputs):
+    section = re.search(r'<section id="confidence">.*?</section>', html, re.S)[0]
+    for level, unit in (("lines", "line"), ("characters", "character")):
+        found = inputs["metrics"]["calibration"]["greedy"][level]
+        for name, key in (("before", "before"), ("calibrated", "after")):
+            drawn = [entry for entry in found[key]["bins"] if entry["num"] >= 3]
+            titles = re.findall(rf"<title>{name}: ([\d\u202f]+) {unit}s? with a mean confidence of ([\d.]+)", section)
+            assert [(num_of(num), float(mean)) for num, mean in titles] == [
+                (entry["num"], round(100 * entry["confidence"], 1)) for entry in drawn
+            ]
+        columns = re.findall(rf"<title>([\d\u202f]+) {unit}s? with a confidence of", section)
+        assert sum(map(num_of, columns)) == found["after"]["num"]
+    table = re.search(r'<table class="calibration">.*?</table>', section, re.S)[0]
+    rows = re.findall(r'<th scope="row">(.*?)</th><td class="num">(.*?)</td><td class="num">(.*?)</td>', table)
+    assert [name for name, _, _ in rows] == [
+        f"{d}, {level}" for d in ("greedy", "beam") for level in ("lines", "characters")
+    ]
+    error = inputs["metrics"]["calibration"]["beam"]["lines"]["after"]["expected_calibration_error"]
+    assert rows[2][2] == f"{100 * error:.1f}\u202f%"
+    assert "calibrated on the validation lines" in section
+
+
+def test_confidences_that_were_not_calibrated_are_called_so(inputs):
+    calibration = inputs["metrics"]["calibration"]["greedy"]
+    same = {level: {"before": found["after"], "after": found["after"]} for level, found in calibration.items()}
+    metrics = inputs["metrics"] | {"calibration": inputs["metrics"]["calibration"] | {"greedy": same}}
+    assert "for that there are too few validation lines" in render(inputs | {"metrics": metrics})
+
+
 def test_groups_say_whether_training_saw_them():
     inputs = make_inputs(num_writers=60)
     inputs["metrics"]["groups"][0]["seen_in_training"] = False
@@ -514,7 +565,7 @@ def test_one_epoch_and_epochs_that_diverged_are_drawn():
     for num in (1, 4):
         html = render(inputs | {"history": to_table(rows[:num], HISTORY)})
         assert "nan" not in re.sub(r"[^\w ]", " ", html).lower().split()
-        assert html.count('class="chart"') == 6
+        assert html.count('class="chart"') == 7
 
 
 def test_no_samples_are_shown_when_none_are_wanted():

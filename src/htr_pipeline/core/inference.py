@@ -1,7 +1,8 @@
 """The trained network applied: line images to log-probabilities, log-probabilities to text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -9,11 +10,16 @@ import numpy as np
 import tensorflow as tf
 
 from htr_pipeline.core.batching import Line, collate
+from htr_pipeline.core.calibration import Calibration
 from htr_pipeline.core.ctc.decoding import Hypothesis, beam_search, greedy_search, line_confidence
-from htr_pipeline.core.ctc.language_model import CharacterNGram
+from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
+from htr_pipeline.core.ctc.lexicon import Lexicon
 from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.core.text import Charset
+
+# Of these best readings of a line, the share of the first tells how clearly a language model decided for it.
+_READINGS_COMPARED = 10
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,9 @@ class Reading:
 
     Attributes:
         text: the hypothesis.
-        confidence: 0 to 1, of the whole line.
-        characters: (character, first frame, frame after the last, confidence) of each character.
+        confidence: 0 to 1, of the whole line; calibrated, the probability that it is read without an error.
+        characters: (character, first frame, frame after the last, confidence) of each character; calibrated, the
+            confidence is the probability that the character is right.
     """
 
     text: str
@@ -37,11 +44,19 @@ class Network:
     Args:
         model: as core.model.build_model builds it.
         charset: its classes but the blank.
+        calibrations: by decoder, for "lines" and "characters"; decoders that are missing give raw confidences.
         batch_size: lines computed at a time.
     """
 
-    def __init__(self, model: keras.Model, charset: Charset, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        charset: Charset,
+        calibrations: Mapping[str, Mapping[str, Calibration]] = MappingProxyType({}),
+        batch_size: int = 16,
+    ) -> None:
         self._charset = charset
+        self._calibrations = calibrations
         self._batch_size = batch_size
         height = model.inputs[0].shape[-1]
 
@@ -65,7 +80,11 @@ class Network:
         return results
 
     def decode(
-        self, log_probs: Sequence[np.ndarray], decoding: DecodingConfig, language_model: CharacterNGram | None = None
+        self,
+        log_probs: Sequence[np.ndarray],
+        decoding: DecodingConfig,
+        language_model: CharacterNGram | WordNGram | None = None,
+        lexicon: Lexicon | None = None,
     ) -> list[Reading]:
         """The best reading of each line.
 
@@ -73,6 +92,7 @@ class Network:
             log_probs: as returned by the method of that name.
             decoding: which decoder; with beam_lm alpha and beta are set.
             language_model: for beam_lm.
+            lexicon: for beam_lm, as decoding.build_lexicon makes it.
         """
         if not log_probs:
             return []
@@ -92,19 +112,29 @@ class Network:
                 length,
                 blank_index=-1,
                 beam_width=decoding.beam_width,
+                top_paths=_READINGS_COMPARED,
                 characters=self._charset.characters,
                 language_model=language_model,
                 alpha=decoding.alpha,
                 beta=decoding.beta,
+                lexicon=lexicon,
             )
-        return [self._reading(hypotheses[0]) for hypotheses in found]
-
-    def _reading(self, hypothesis: Hypothesis) -> Reading:
-        text = self._charset.decode(hypothesis.labels)
-        characters = [
-            (character, int(start), int(end), float(confidence))
-            for character, (start, end), confidence in zip(
-                text, hypothesis.frame_spans, hypothesis.confidences, strict=True
-            )
+        calibration = self._calibrations.get(decoding.decoder, {})
+        identity = Calibration()
+        return [
+            self._reading(hypotheses, calibration.get("lines", identity), calibration.get("characters", identity))
+            for hypotheses in found
         ]
-        return Reading(text, line_confidence(hypothesis), characters)
+
+    def _reading(self, hypotheses: list[Hypothesis], of_line: Calibration, of_characters: Calibration) -> Reading:
+        best = hypotheses[0]
+        text = self._charset.decode(best.labels)
+        confidences = of_characters(best.confidences).tolist()
+        characters = list(zip(text, *best.frame_spans.T.tolist(), confidences, strict=True))
+        return Reading(text, float(of_line(line_confidence(best) * _share_of_first(hypotheses))), characters)
+
+
+def _share_of_first(hypotheses: list[Hypothesis]) -> float:
+    """How much of the probability of these readings is that of the first, 0..1; 1 for a single one."""
+    scores = np.array([hypothesis.score for hypothesis in hypotheses])
+    return 1.0 if len(scores) == 1 else float(1.0 / np.exp(scores - scores[0]).sum())

@@ -1,8 +1,10 @@
 """What is trained and how: the settings of network and training, without TensorFlow."""
 
 import math
+from collections.abc import Iterable
 
-from htr_pipeline.core.config import config, setting
+from htr_pipeline.core.config import UserError, config, setting
+from htr_pipeline.core.ctc.lexicon import Lexicon
 
 
 @config("model")
@@ -45,24 +47,55 @@ def learning_rate(done: float, config: TrainingConfig) -> float:
     return config.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(falling, 1.0))))
 
 
-# Best path; prefix beam search; the same with a language model.
+# Best path; prefix beam search; the same with what is known of the language.
 DECODERS = ("greedy", "beam", "beam_lm")
 
 
 @config("decoding")
 class DecodingConfig:
-    """How network outputs become text."""
+    """How network outputs become text; language model, lexicon and hot words are those of beam_lm."""
 
-    decoder: str = setting(default="greedy", choices=DECODERS)  # of headline, gate and served model
+    decoder: str = setting(default="beam_lm", choices=DECODERS)  # of headline, gate and served model
     beam_width: int = setting(default=20, minimum=1)
-    # Of beam_lm: weight of the language model, bonus for each character. None: tuned on the validation lines.
+    # Weight of the language model, bonus for each character. None: tuned on the validation lines.
     alpha: float | None = setting(default=None, minimum=0.0)
     beta: float | None = setting(default=None)
+    lexicon: str | bool = setting(default="off", choices=("off", False, "strict", "open"))  # YAML reads off as False
+    lexicon_words: str | None = setting(default=None)  # file of words; None: those of the language model's texts
+    unknown_word_price: float = setting(default=4.0, minimum=0.0)  # nats, of an open lexicon
+    hot_words: dict[str, float] = setting(default={})  # nats that each occurrence gains
+
+    def __post_init__(self) -> None:
+        """Checks the hot words, so that a wrong one stops a run before it begins.
+
+        Raises:
+            UserError: something among the hot words is no word, or its weight no number.
+        """
+        for word, weight in self.hot_words.items():
+            if not isinstance(word, str) or isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise UserError(f"decoding.hot_words has {word!r}: {weight!r}. Expected a word and a number of nats.")
+        try:
+            Lexicon(hot_words=self.hot_words)
+        except ValueError as exc:
+            raise UserError(f"decoding.hot_words: {exc}") from None
+
+    def build_lexicon(self, words: Iterable[str]) -> Lexicon | None:
+        """Lexicon and hot words as beam_search takes them; None where there are neither.
+
+        Args:
+            words: the known words; not looked at where the lexicon is off.
+        """
+        if self.lexicon in ("off", False):
+            return Lexicon(unknown_price=0.0, hot_words=self.hot_words) if self.hot_words else None
+        price = math.inf if self.lexicon == "strict" else self.unknown_word_price
+        return Lexicon(words, unknown_price=price, hot_words=self.hot_words)
 
 
 @config("language_model")
 class LanguageModelConfig:
-    """The character n-gram model that beam_lm reads with."""
+    """The n-gram model that beam_lm reads with."""
 
-    order: int = setting(default=6, minimum=1, maximum=10)
+    kind: str = setting(default="character", choices=("character", "word"))
+    order: int | None = setting(default=None, minimum=1, maximum=10)  # None: 6 characters or 3 words
     texts: str | None = setting(default=None)  # folder of more texts: .txt files, UTF-8, learnt from line by line
+    arpa: str | None = setting(default=None)  # a model of that kind as ARPA file, taken instead of training one

@@ -101,15 +101,15 @@ class KerasModel(_FileDataset):
 
 
 class LanguageModel(_FileDataset):
-    """A character n-gram model in one .npz file."""
+    """An n-gram model of characters or words in one .npz file."""
 
     def load(self) -> Any:
         """Reads the model; nothing is unpickled."""
         if not self._filepath.exists():
             raise self._missing()
-        from htr_pipeline.core.ctc.language_model import CharacterNGram
+        from htr_pipeline.core.ctc.language_model import load_language_model
 
-        return CharacterNGram.load(self._filepath)
+        return load_language_model(self._filepath)
 
     def save(self, data: Any) -> None:
         """Writes the model."""

@@ -19,6 +19,7 @@ from htr_pipeline.core.ctc.language_model import (
     WordNGram,
     advance,
     advance_all,
+    load_language_model,
 )
 from htr_pipeline.core.text import Charset
 
@@ -280,12 +281,28 @@ def test_saved_model_is_the_same_model(model, tmp_path):
     assert loaded.trie.tobytes() == model.trie.tobytes()
     assert (tmp_path / "model.npz").read_bytes() == bytes_of(model)
     assert type(model).load(io.BytesIO(bytes_of(model))).score("a b") == model.score("a b")
+    either = load_language_model(tmp_path / "model.npz")
+    assert type(either) is type(model)
+    assert either.trie.tobytes() == model.trie.tobytes()
 
 
 def test_model_of_the_other_kind_is_refused(tmp_path):
     CharacterNGram.train(["ab"]).save(tmp_path / "model.npz")
     with pytest.raises(ValueError, match=r"model\.npz: holds a character model, expected a word model"):
         WordNGram.load(tmp_path / "model.npz")
+
+
+def test_file_that_is_no_model_is_refused_where_the_kind_is_not_known(tmp_path):
+    (tmp_path / "model.npz").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"model\.npz: cannot be read as a language model"):
+        load_language_model(tmp_path / "model.npz")
+    np.savez(
+        tmp_path / "other.npz",
+        header=np.frombuffer(b'["list"]', np.uint8),
+        **dict.fromkeys(("token", "num_children", "log_prob", "backoff"), np.zeros(1, np.float32)),
+    )
+    with pytest.raises(ValueError, match=r"other\.npz: the header says nothing of the format"):
+        load_language_model(tmp_path / "other.npz")
 
 
 def test_file_that_unpacks_to_too_much_is_refused():

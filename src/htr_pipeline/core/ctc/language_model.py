@@ -237,14 +237,10 @@ class _NGram(abc.ABC):
         Raises:
             ValueError: the file is damaged, too large, or holds a model of the other kind.
         """
-        with _opened(file, "rb") as stream:
-            name = _name(stream)
-            # A damaged zip or array header raises a dozen types, SyntaxError and RecursionError among them.
-            try:
-                arrays = _read_npz(stream, size_limit)
-                header = json.loads(arrays["header"].tobytes())
-            except Exception as exc:
-                raise ValueError(f"{name}: cannot be read as a language model written by save: {exc}") from exc
+        return cls._restored(*_read_saved(file, size_limit))
+
+    @classmethod
+    def _restored(cls, name: str, header: Any, arrays: dict[str, np.ndarray]) -> Self:
         try:
             order, vocabulary = _checked_header(header, cls.kind)
             if not all(map(cls._is_token, vocabulary[len(_SPECIAL) :])):
@@ -426,6 +422,21 @@ class WordNGram(_NGram):
         return len(token) > 0 and token not in _SPECIAL
 
 
+def load_language_model(file: File, *, size_limit: int = 2 << 30) -> CharacterNGram | WordNGram:
+    """Reads a model of either kind: what load of its class does, where it is not known which.
+
+    Args:
+        file: as for load.
+        size_limit: as for load.
+
+    Raises:
+        ValueError: as load.
+    """
+    name, header, arrays = _read_saved(file, size_limit)
+    kind = header.get("kind") if isinstance(header, dict) else None
+    return (WordNGram if kind == WordNGram.kind else CharacterNGram)._restored(name, header, arrays)
+
+
 class _Level(NamedTuple):
     """All n-grams of one length, by parent and then token."""
 
@@ -562,6 +573,18 @@ def _level_bounds(first_child: np.ndarray) -> list[int]:
 def _narrowed(values: np.ndarray) -> np.ndarray:
     """The same numbers in the smallest unsigned type."""
     return values.astype(np.min_scalar_type(int(values.max(initial=0))))
+
+
+def _read_saved(file: File, size_limit: int) -> tuple[str, Any, dict[str, np.ndarray]]:
+    """What errors call the file, its header and its arrays, none of them checked yet."""
+    with _opened(file, "rb") as stream:
+        name = _name(stream)
+        # A damaged zip or array header raises a dozen types, SyntaxError and RecursionError among them.
+        try:
+            arrays = _read_npz(stream, size_limit)
+            return name, json.loads(arrays["header"].tobytes()), arrays
+        except Exception as exc:
+            raise ValueError(f"{name}: cannot be read as a language model written by save: {exc}") from exc
 
 
 def _read_npz(stream: IO[bytes], size_limit: int) -> dict[str, np.ndarray]:

@@ -1,26 +1,31 @@
-"""Nodes: model, charset, language model, features → tuned decoding, predictions, metrics."""
+"""Nodes: models, charset, lexicon, features → tuned decoding, readings, calibration, predictions, metrics."""
 
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from itertools import islice
-from typing import Any
+from itertools import islice, starmap
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
 from htr_pipeline.core.batching import Line
+from htr_pipeline.core.calibration import Calibration, fit_calibration, reliability, right_characters
 from htr_pipeline.core.config import config, setting
 from htr_pipeline.core.metrics import bootstrap_interval, score_lines, signature
 from htr_pipeline.core.recipe import DECODERS, DecodingConfig
 from htr_pipeline.core.text import Charset
 from htr_pipeline.io.features import FeatureShards
 from htr_pipeline.io.manifest import PREDICTIONS, to_table
+
+if TYPE_CHECKING:
+    from htr_pipeline.core.inference import Reading
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +34,10 @@ _SPLITS = ("validation", "test")
 _CHUNK_LINES = 256
 # What is tried for the language model's weight and the bonus of a character, and on how many lines at most.
 _ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
-_BETAS = (0.0, 0.5, 1.0, 1.5, 2.0)
+_BETAS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
 _TUNING_LINES = 512
+# With fewer validation lines, confidences stay as they are.
+_FEWEST_CALIBRATION_LINES = 32
 
 
 @config("evaluation")
@@ -42,75 +49,129 @@ class EvaluationConfig:
     seed: int = setting(default=1, minimum=0)
 
 
-def tune_decoding(
-    features: FeatureShards, model: Any, charset: str, language_model: Any, decoding: DecodingConfig
-) -> dict[str, Any]:
-    """Features, model, language model → tuned_decoding: alpha and beta by the CER of the validation lines."""
+def read_lines(
+    features: FeatureShards, model: Any, charset: str, language_model: Any, lexicon: str, decoding: DecodingConfig
+) -> tuple[dict[str, Any], pa.Table]:
+    """Features, models, charset → tuned_decoding, readings: validation and test lines read with every decoder.
+
+    Tuning and reading are one node, so that the network computes every validation line once.
+    """
     from htr_pipeline.core.inference import Network
 
-    network = Network(model, Charset.from_json(charset))
-    lines = features.spread("validation", _TUNING_LINES)
-    log_probs, texts = network.log_probs(lines), [line.text for line in lines]
+    network, known = Network(model, Charset.from_json(charset)), decoding.build_lexicon(lexicon.split())
+    columns = features.figures().select(["line_id", "split", "writer_id", "group"]).to_pylist()
+    lines_by_id = {row["line_id"]: row for row in columns if row["split"] in _SPLITS}
+
+    tuning_lines = features.spread("validation", _TUNING_LINES)
+    computed = dict(zip((line.line_id for line in tuning_lines), network.log_probs(tuning_lines), strict=True))
+
+    def read(lines: list[Line], setting: DecodingConfig) -> "list[Reading]":
+        log_probs = [computed[line.line_id] for line in lines]
+        return network.decode(log_probs, setting, language_model, known)
+
+    tuned = _tune(tuning_lines, read, decoding)
+    rows = []
+    with tqdm(total=len(lines_by_id), desc="Reading", unit="line") as bar:
+        for lines in _chunks(line for split in _SPLITS for line in features.lines(split)):
+            new = [line for line in lines if line.line_id not in computed]
+            computed |= zip((line.line_id for line in new), network.log_probs(new), strict=True)
+            for decoder in DECODERS:
+                for line, reading in zip(lines, read(lines, replace(tuned, decoder=decoder)), strict=True):
+                    rows.append(_row(lines_by_id[line.line_id], decoder, line.text, reading))
+            for line in lines:
+                del computed[line.line_id]
+            bar.update(len(lines))
+    return asdict(tuned), to_table(rows, PREDICTIONS)
+
+
+def _tune(
+    lines: list[Line], read: "Callable[[list[Line], DecodingConfig], list[Reading]]", decoding: DecodingConfig
+) -> DecodingConfig:
+    """The settings with the alpha and beta that make the fewest character errors on the lines."""
     alphas = _ALPHAS if decoding.alpha is None else (decoding.alpha,)
     betas = _BETAS if decoding.beta is None else (decoding.beta,)
+    texts = [line.text for line in lines]
     tried = []
     for alpha, beta in tqdm(list(itertools.product(alphas, betas)), desc="Tuning", unit="setting"):
-        setting = replace(decoding, decoder="beam_lm", alpha=alpha, beta=beta)
-        readings = network.decode(log_probs, setting, language_model)
+        readings = read(lines, replace(decoding, decoder="beam_lm", alpha=alpha, beta=beta))
         tried.append((score_lines(texts, [reading.text for reading in readings]).cer, alpha, beta))
     cer, alpha, beta = min(tried)  # of equals the least of the language model
     logger.info("Beam search with alpha %.2f and beta %.1f reads the validation lines best: CER %.2f %%.",
                 alpha, beta, 100 * cer)  # fmt: skip
-    return asdict(replace(decoding, alpha=alpha, beta=beta))
+    return replace(decoding, alpha=alpha, beta=beta)
 
 
-def read_lines(
-    features: FeatureShards, model: Any, charset: str, language_model: Any, tuned_decoding: dict[str, Any]
-) -> pa.Table:
-    """Features, models, charset → predictions: validation and test lines read with every decoder."""
-    from htr_pipeline.core.inference import Network
+def _row(line: dict[str, Any], decoder: str, reference: str, reading: "Reading") -> dict[str, Any]:
+    counts = score_lines([reference], [reading.text]).characters
+    return {
+        **line,
+        "decoder": decoder,
+        "reference": reference,
+        "hypothesis": reading.text,
+        "confidence": reading.confidence,
+        **{name: int(getattr(counts, name)[0]) for name in ("hits", "substitutions", "insertions", "deletions")},
+        "characters": [
+            dict(zip(("character", "start_frame", "end_frame", "confidence"), values, strict=True))
+            for values in reading.characters
+        ],
+    }
 
-    network, decoding = Network(model, Charset.from_json(charset)), DecodingConfig(**tuned_decoding)
-    columns = features.figures().select(["line_id", "split", "writer_id", "group"]).to_pylist()
-    lines_by_id = {row["line_id"]: row for row in columns if row["split"] in _SPLITS}
-    rows = []
-    with tqdm(total=len(lines_by_id), desc="Reading", unit="line") as bar:
-        for lines in _chunks(line for split in _SPLITS for line in features.lines(split)):
-            log_probs = network.log_probs(lines)
-            for decoder in DECODERS:
-                readings = network.decode(log_probs, replace(decoding, decoder=decoder), language_model)
-                counts = score_lines([line.text for line in lines], [reading.text for reading in readings]).characters
-                for index, (line, reading) in enumerate(zip(lines, readings, strict=True)):
-                    rows.append(
-                        {
-                            **lines_by_id[line.line_id],
-                            "decoder": decoder,
-                            "reference": line.text,
-                            "hypothesis": reading.text,
-                            "confidence": reading.confidence,
-                            "hits": int(counts.hits[index]),
-                            "substitutions": int(counts.substitutions[index]),
-                            "insertions": int(counts.insertions[index]),
-                            "deletions": int(counts.deletions[index]),
-                            "characters": [
-                                dict(zip(("character", "start_frame", "end_frame", "confidence"), values, strict=True))
-                                for values in reading.characters
-                            ],
-                        }
-                    )
-            bar.update(len(lines))
-    return to_table(rows, PREDICTIONS)
+
+def calibrate_confidences(readings: pa.Table) -> tuple[dict[str, Any], pa.Table]:
+    """Readings → calibration, predictions: confidences as probabilities of being right, fitted on validation lines."""
+    is_validation = pc.field("split") == "validation"
+    num_lines = len(readings.filter(is_validation)) // len(DECODERS)
+    if num_lines < _FEWEST_CALIBRATION_LINES:
+        logger.warning("Confidences stay as the decoders give them: to calibrate them takes %d validation lines, "
+                       "there are %d.", _FEWEST_CALIBRATION_LINES, num_lines)  # fmt: skip
+        return {}, readings
+    calibration, parts = {}, []
+    for decoder in DECODERS:
+        own = readings.filter(pc.field("decoder") == decoder)
+        outcomes = _outcomes(own.filter(is_validation))
+        fitted = {level: fit_calibration(*known) for level, known in outcomes.items()}
+        calibration[decoder] = {level: asdict(parameters) for level, parameters in fitted.items()}
+        parts.append(_calibrated(own, fitted))
+    return calibration, pa.concat_tables(parts)
+
+
+def _outcomes(readings: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Confidences of lines and of characters, and which of them are right."""
+    texts = list(zip(readings["reference"].to_pylist(), readings["hypothesis"].to_pylist(), strict=True))
+    characters = pc.struct_field(pc.list_flatten(readings["characters"]), "confidence")
+    return {
+        "lines": (readings["confidence"].to_numpy(), np.array([left == right for left, right in texts], bool)),
+        "characters": (characters.to_numpy(), np.concatenate([np.empty(0, bool), *starmap(right_characters, texts)])),
+    }
+
+
+def _calibrated(readings: pa.Table, maps: Mapping[str, Calibration]) -> pa.Table:
+    """The readings with other confidences."""
+    characters = readings["characters"].combine_chunks()
+    fields = dict(zip(characters.type.value_type.names, characters.flatten().flatten(), strict=True))
+    fields["confidence"] = pa.array(maps["characters"](fields["confidence"].to_numpy()), pa.float32())
+    structs = pa.StructArray.from_arrays(list(fields.values()), fields=list(characters.type.value_type))
+    offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(characters).to_numpy())])
+    columns = {
+        "confidence": pa.array(maps["lines"](readings["confidence"].to_numpy()), pa.float32()),
+        "characters": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs, type=characters.type),
+    }
+    for name, column in columns.items():
+        index = readings.schema.get_field_index(name)
+        readings = readings.set_column(index, readings.schema.field(index), column)
+    return readings
 
 
 def measure_errors(
     predictions: pa.Table,
+    readings: pa.Table,
     features: FeatureShards,
     feature_stats: dict[str, Any],
     charset: str,
     tuned_decoding: dict[str, Any],
     evaluation: EvaluationConfig,
 ) -> dict[str, Any]:
-    """Predictions → metrics."""
+    """Predictions, and readings before calibration → metrics."""
     decoding = DecodingConfig(**tuned_decoding)
     table = predictions.drop_columns(["characters"]).to_pandas()
     table["group"] = table["group"].astype(object).where(table["group"].notna(), None)
@@ -135,6 +196,7 @@ def measure_errors(
             }
             for split in _SPLITS
         },
+        "calibration": {decoder: _reliabilities(readings, predictions, decoder) for decoder in DECODERS},
         "writers": [{"writer_id": name, "split": "test", **_rate(part)} for name, part in test.groupby("writer_id")],
         "groups": [
             {"group": name, "seen_in_training": name in seen, **_rate(part)} for name, part in grouped.groupby("group")
@@ -174,6 +236,16 @@ def _score(lines: pd.DataFrame, evaluation: EvaluationConfig) -> dict[str, Any]:
             name: int(getattr(score.characters, name).sum())
             for name in ("hits", "substitutions", "insertions", "deletions")
         },
+    }
+
+
+def _reliabilities(readings: pa.Table, predictions: pa.Table, decoder: str) -> dict[str, Any]:
+    """Of the test lines and their characters: whether confidences keep their word, before and after calibration."""
+    wanted = (pc.field("split") == "test") & (pc.field("decoder") == decoder)
+    before, after = (_outcomes(table.filter(wanted)) for table in (readings, predictions))
+    return {
+        level: {"before": asdict(reliability(*before[level])), "after": asdict(reliability(*after[level]))}
+        for level in before
     }
 
 

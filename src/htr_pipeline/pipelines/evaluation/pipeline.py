@@ -1,8 +1,8 @@
-"""model, charset, language_model, features → tuned_decoding, predictions, metrics."""
+"""model, charset, language_model, lexicon, features → tuned_decoding, calibration, predictions, metrics."""
 
 from kedro.pipeline import Node, Pipeline
 
-from htr_pipeline.pipelines.evaluation.nodes import measure_errors, read_lines, tune_decoding
+from htr_pipeline.pipelines.evaluation.nodes import calibrate_confidences, measure_errors, read_lines
 
 
 def create_pipeline() -> Pipeline:
@@ -10,20 +10,23 @@ def create_pipeline() -> Pipeline:
     return Pipeline(
         [
             Node(
-                tune_decoding,
-                ["features", "model", "charset", "language_model", "params:decoding"],
-                "tuned_decoding",
-                name="tune_decoding",
-            ),
-            Node(
                 read_lines,
-                ["features", "model", "charset", "language_model", "tuned_decoding"],
-                "predictions",
+                ["features", "model", "charset", "language_model", "lexicon", "params:decoding"],
+                ["tuned_decoding", "readings"],
                 name="read_lines",
             ),
+            Node(calibrate_confidences, "readings", ["calibration", "predictions"], name="calibrate_confidences"),
             Node(
                 measure_errors,
-                ["predictions", "features", "feature_stats", "charset", "tuned_decoding", "params:evaluation"],
+                [
+                    "predictions",
+                    "readings",
+                    "features",
+                    "feature_stats",
+                    "charset",
+                    "tuned_decoding",
+                    "params:evaluation",
+                ],
                 "metrics",
                 name="measure_errors",
             ),

@@ -41,6 +41,8 @@ def register_model(
     manifest: pa.Table,
     metrics: dict[str, Any],
     language_model: Any,
+    lexicon: str,
+    calibration: dict[str, Any],
     image: ImageConfig,
     tuned_decoding: dict[str, Any],
     registration: RegistrationConfig,
@@ -48,15 +50,23 @@ def register_model(
     """Model, charset, metrics → registration: a new version, and the alias moved to it if it reads better."""
     import mlflow
 
+    from htr_pipeline import mlflow_model
+
     decoding = DecodingConfig(**tuned_decoding)
     headline = metrics["headline"]
     cer = metrics["splits"][headline["split"]][headline["decoder"]]["cer"]
     client = mlflow.MlflowClient()
     champion = _champion(client, registration)
     champion_cer = _champion_cer(champion, registration, manifest, metrics) if champion else None
-    number = str(
-        _log_model(model, charset, language_model, features, image, decoding, registration).registered_model_version
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        names = ("network.keras", "charset.json", "language_model.npz", "lexicon.txt", "settings.json")
+        files = {name: Path(folder) / name for name in names}
+        model.save(files["network.keras"])
+        language_model.save(files["language_model.npz"])
+        files["charset.json"].write_text(charset, encoding="utf-8")
+        files["lexicon.txt"].write_text(lexicon, encoding="utf-8")
+        mlflow_model.write_settings(files["settings.json"], image, decoding, calibration)
+        number = str(_log_model(list(files.values()), features, decoding, registration).registered_model_version)
     for tag in ("signature", "data_hash", "test_hash"):
         client.set_model_version_tag(registration.model_name, number, tag, metrics[tag])
     client.set_model_version_tag(registration.model_name, number, "cer", repr(cer))
@@ -113,35 +123,22 @@ def _reason(cer: float, champion_cer: float | None, champion: Any | None, split:
 
 
 def _log_model(
-    model: Any,
-    charset: str,
-    language_model: Any,
-    features: FeatureShards,
-    image: ImageConfig,
-    decoding: DecodingConfig,
-    registration: RegistrationConfig,
+    files: list[Path], features: FeatureShards, decoding: DecodingConfig, registration: RegistrationConfig
 ) -> Any:
     import mlflow
 
     from htr_pipeline import mlflow_model
 
-    with tempfile.TemporaryDirectory() as folder:
-        names = ("network.keras", "charset.json", "language_model.npz", "settings.json")
-        files = {name: Path(folder) / name for name in names}
-        model.save(files["network.keras"])
-        language_model.save(files["language_model.npz"])
-        files["charset.json"].write_text(charset, encoding="utf-8")
-        mlflow_model.write_settings(files["settings.json"], image, decoding)
-        return mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(Path(mlflow_model.__file__)),
-            artifacts={path.stem: str(path) for path in files.values()},
-            code_paths=[str(Path(htr_pipeline.__file__).parent)],
-            signature=mlflow_model.signature(decoding),
-            input_example=pd.DataFrame({"image": [_example(features)]}),
-            pip_requirements=[f"{name}=={version(name)}" for name in _requirements()],
-            registered_model_name=registration.model_name,
-        )
+    return mlflow.pyfunc.log_model(
+        name="model",
+        python_model=str(Path(mlflow_model.__file__)),
+        artifacts={path.stem: str(path) for path in files},
+        code_paths=[str(Path(htr_pipeline.__file__).parent)],
+        signature=mlflow_model.signature(decoding),
+        input_example=pd.DataFrame({"image": [_example(features)]}),
+        pip_requirements=[f"{name}=={version(name)}" for name in _requirements()],
+        registered_model_name=registration.model_name,
+    )
 
 
 def _requirements() -> list[str]:

@@ -18,6 +18,8 @@ def create_pipeline() -> Pipeline:
                     "manifest",
                     "metrics",
                     "language_model",
+                    "lexicon",
+                    "calibration",
                     "params:features",
                     "tuned_decoding",
                     "params:registration",

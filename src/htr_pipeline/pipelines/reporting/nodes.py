@@ -29,6 +29,8 @@ _MAX_GROUPS = 40
 _MAX_REJECTED = 10
 _MAX_CONFUSIONS = 20
 _MAX_CHARACTERS = 20
+# Fewer readings than this make no point of a reliability diagram: one line more would move it by a third.
+_FEWEST_IN_BIN = 3
 # A character's error rate means little below this many occurrences.
 _MIN_OCCURRENCES = 10
 _MAX_HOVER_POINTS = 80
@@ -102,7 +104,16 @@ def render_report(
             samples=[_show_line(line, rows.get(line["line_id"])) for line in samples],
             worst=[_show_line(line, rows.get(line["line_id"])) for line in worst],
             confusions=_describe_confusions(lines),
-            confidence_charts=[chart for chart in (_reliability_chart(test), _review_chart(lines)) if chart],
+            calibration=metrics["calibration"],
+            confidence_charts=[
+                chart
+                for chart in (
+                    _reliability_chart("line", **metrics["calibration"][headline["decoder"]]["lines"]),
+                    _reliability_chart("character", **metrics["calibration"][headline["decoder"]]["characters"]),
+                    _review_chart(lines),
+                )
+                if chart
+            ],
             parameters=_settings(parameters),
         )
         .lstrip()
@@ -369,41 +380,43 @@ def _show_character(character: str) -> str:
 # Confidence
 
 
-def _reliability_chart(test: pa.Table) -> "Chart | None":
-    """Share of right characters against their confidence; None where the decoder gives no confidence by character."""
-    confidences, is_right = [], []
-    for reference, hypothesis, characters in zip(
-        test["reference"].to_pylist(), test["hypothesis"].to_pylist(), test["characters"], strict=True
-    ):
-        if len(characters) == len(hypothesis) and hypothesis:
-            confidences.append(characters.values.field("confidence").to_numpy(zero_copy_only=False))
-            right = [np.full(len(right), tag == "equal") for tag, _, right in align(reference, hypothesis)]
-            is_right.append(np.concatenate(right))
-    if not confidences:
+def _reliability_chart(unit: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> "Chart | None":
+    """Share of right lines or characters against their confidence, before and after calibration."""
+    if not after["num"]:
         return None
-    confidence, right = np.concatenate(confidences).astype(np.float64), np.concatenate(is_right)
-    bins = np.clip((confidence * 10).astype(int), 0, 9)
-    points, titles = [], []
-    for index in np.unique(bins):
-        chosen = bins == index
-        points.append((100.0 * confidence[chosen].mean(), 100.0 * right[chosen].mean()))
-        titles.append(
-            f"{_count(int(chosen.sum()), 'character')} with a mean confidence of {points[-1][0]:.1f}{_THIN_SPACE}%: "
-            f"{points[-1][1]:.1f}{_THIN_SPACE}% are right"
-        )
+
+    def series(name: str, style: str, reliability: Mapping[str, Any]) -> "Series":
+        bins = [entry for entry in reliability["bins"] if entry["num"] >= _FEWEST_IN_BIN]
+        points = [(100.0 * entry["confidence"], 100.0 * entry["right"]) for entry in bins]
+        titles = [
+            f"{name}: {_count(entry['num'], unit)} with a mean confidence of {x:.1f}{_THIN_SPACE}%: "
+            f"{y:.1f}{_THIN_SPACE}% are right"
+            for entry, (x, y) in zip(bins, points, strict=True)
+        ]
+        return Series(name, f"{style} dots", points, titles)
+
+    most = max(entry["num"] for entry in after["bins"])
+    bars = []
+    for entry in after["bins"]:
+        left = 10.0 * min(int(10 * entry["confidence"]), 9)
+        text = f"{_count(entry['num'], unit)} with a confidence of {left:.0f} to {left + 10:.0f}{_THIN_SPACE}%"
+        bars.append((left, left + 10.0, 25.0 * entry["num"] / most, text))
     return _chart(
-        "Can the confidence of a character be believed?",
+        f"Can the confidence of a {unit} be believed?",
         "confidence, %",
         "right, %",
         [
             Series("perfect", "guide", [(0.0, 0.0), (100.0, 100.0)], []),
-            Series("this model", "first dots", points, titles),
+            series("before", "second", before),
+            series("calibrated", "first", after),
         ],
+        bars=bars,
         height=320,
         x_range=(0.0, 100.0),
         y_range=(0.0, 100.0),
-        note=f"On the dotted line, nine in ten characters with a confidence of 90{_THIN_SPACE}% are right; "
-        "above it the model is too modest, below it too sure.",
+        note=f"On the dotted line, nine in ten {unit}s with a confidence of 90{_THIN_SPACE}% are right; above it the "
+        f"model is too modest, below it too sure. Columns: how many {unit}s have that confidence after calibration, "
+        f"the highest {_number(most)}; fewer than {_FEWEST_IN_BIN} make no point.",
     )
 
 

@@ -17,7 +17,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.batching import Line
 from htr_pipeline.core.config import UserError, config, setting
-from htr_pipeline.core.recipe import LanguageModelConfig, ModelConfig, TrainingConfig
+from htr_pipeline.core.ctc.lexicon import bare_word
+from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset, normalise_text
 from htr_pipeline.io.checkpoints import FileCheckpoints
 from htr_pipeline.io.features import FeatureShards
@@ -40,29 +41,58 @@ def collect_charset(features: FeatureShards) -> str:
 
 
 def train_language_model(features: FeatureShards, language_model: LanguageModelConfig) -> Any:
-    """Features → language_model: a character n-gram model of the training texts, and of more texts if there are."""
-    from htr_pipeline.core.ctc.language_model import CharacterNGram
+    """Features → language_model: n-grams of the training texts and of more texts if there are, or those of a file."""
+    from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
 
-    figures = features.figures()
-    texts = figures.filter(pc.equal(figures["split"], "train"))["text"].to_pylist()
-    if language_model.texts:
-        texts += _lines_of_texts(Path(language_model.texts))
-    model = CharacterNGram.train(texts, order=language_model.order)
-    logger.info("Language model of order %d: %d lines, %d n-grams.", model.order, len(texts), len(model.trie) - 1)
+    kind = {"character": CharacterNGram, "word": WordNGram}[language_model.kind]
+    if language_model.arpa:
+        try:
+            model = kind.from_arpa(language_model.arpa)
+        except (OSError, ValueError) as exc:
+            raise UserError(f"language_model.arpa: {exc}") from None
+        source = language_model.arpa
+    else:
+        texts = _known_texts(features, language_model)
+        model = kind.train(texts) if language_model.order is None else kind.train(texts, language_model.order)
+        source = f"{len(texts)} lines"
+    logger.info("Language model of %ss, order %d, of %s: %d n-grams.",
+                language_model.kind, model.order, source, len(model.trie) - 1)  # fmt: skip
     return model
 
 
-def _lines_of_texts(folder: Path) -> list[str]:
-    files = sorted(folder.rglob("*.txt"))
-    if not files:
-        raise UserError(f"language_model.texts = {str(folder)!r}: expected a folder with .txt files.")
-    lines = []
-    for file in files:
-        try:
-            lines += file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as exc:
-            raise UserError(f"{file}: this is not UTF-8 ({exc.reason} at byte {exc.start}).") from None
-    return [text for text in map(normalise_text, lines) if text]
+def collect_words(features: FeatureShards, language_model: LanguageModelConfig, decoding: DecodingConfig) -> str:
+    """Features → lexicon: the words of the file, or of the texts of the language model; one a line, in order."""
+    if decoding.lexicon_words:
+        words = set(filter(None, map(bare_word, normalise_text(_read_text(Path(decoding.lexicon_words))).split())))
+        if not words:
+            raise UserError(f"decoding.lexicon_words = {decoding.lexicon_words!r}: there is no word in this file.")
+    else:
+        texts = _known_texts(features, language_model)
+        words = {bare for text in texts for bare in map(bare_word, text.split()) if bare}
+    return "".join(f"{word}\n" for word in sorted(words))
+
+
+def _known_texts(features: FeatureShards, language_model: LanguageModelConfig) -> list[str]:
+    """The training texts, then the lines of the extra ones."""
+    figures = features.figures()
+    texts = figures.filter(pc.equal(figures["split"], "train"))["text"].to_pylist()
+    if language_model.texts:
+        folder = Path(language_model.texts)
+        files = sorted(folder.rglob("*.txt"))
+        if not files:
+            raise UserError(f"language_model.texts = {str(folder)!r}: expected a folder with .txt files.")
+        lines = [normalise_text(line) for file in files for line in _read_text(file).splitlines()]
+        texts += filter(None, lines)
+    return texts
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise UserError(f"{file}: this is not UTF-8 ({exc.reason} at byte {exc.start}).") from None
+    except OSError as exc:
+        raise UserError(f"{file}: cannot be read: {exc.strerror}.") from None
 
 
 def train(

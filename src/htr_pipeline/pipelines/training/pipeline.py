@@ -1,8 +1,14 @@
-"""features → charset, language_model, model, history."""
+"""features → charset, language_model, lexicon, model, history."""
 
 from kedro.pipeline import Node, Pipeline
 
-from htr_pipeline.pipelines.training.nodes import clear_checkpoint, collect_charset, train, train_language_model
+from htr_pipeline.pipelines.training.nodes import (
+    clear_checkpoint,
+    collect_charset,
+    collect_words,
+    train,
+    train_language_model,
+)
 
 
 def create_pipeline() -> Pipeline:
@@ -15,6 +21,12 @@ def create_pipeline() -> Pipeline:
                 ["features", "params:language_model"],
                 "language_model",
                 name="train_language_model",
+            ),
+            Node(
+                collect_words,
+                ["features", "params:language_model", "params:decoding"],
+                "lexicon",
+                name="collect_words",
             ),
             Node(
                 train,

@@ -1,0 +1,106 @@
+"""What decoders make of known log-probabilities, through the class that pipeline and server read with."""
+
+import numpy as np
+import pytest
+
+from htr_pipeline.core.calibration import Calibration
+from htr_pipeline.core.ctc.decoding import beam_search, line_confidence
+from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
+from htr_pipeline.core.recipe import DecodingConfig, ModelConfig
+from htr_pipeline.core.text import Charset
+
+pytest.importorskip("keras")
+
+from htr_pipeline.core.inference import Network
+from htr_pipeline.core.model import build_model
+
+CHARSET = Charset(" adeno")
+BEAM_LM = DecodingConfig(decoder="beam_lm", alpha=0.5, beta=0.5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(ModelConfig(size="XS"), CHARSET.num_classes, 32, seed=1)
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    return CharacterNGram.train(["one dean", "a node", "no end", "done"], order=3)
+
+
+def log_probs_of(text, certainty=0.9, other="a"):
+    """A frame for each character and a blank after it; what a character is not sure of goes to another one."""
+    frames = []
+    for character in text:
+        probabilities = np.full(CHARSET.num_classes, 1e-3)
+        probabilities[CHARSET.encode(other)[0]] += 1 - certainty
+        probabilities[CHARSET.encode(character)[0]] += certainty
+        blank = np.full(CHARSET.num_classes, 1e-3)
+        blank[CHARSET.blank_index] = 1.0
+        frames += [probabilities / probabilities.sum(), blank / blank.sum()]
+    return np.log(np.array(frames, np.float32))
+
+
+def test_a_lines_confidence_is_that_of_its_characters_unless_a_language_model_decides(model, language_model):
+    network, lines = Network(model, CHARSET), [log_probs_of("one node", 0.7)]
+    for decoder in ("greedy", "beam"):
+        (reading,) = network.decode(lines, DecodingConfig(decoder=decoder))
+        assert reading.text == "one node"
+        assert reading.confidence == pytest.approx(np.prod([c[3] for c in reading.characters]) ** (1 / 8), rel=1e-9)
+    (reading,) = network.decode(lines, BEAM_LM, language_model)
+    (hypotheses,) = beam_search(
+        lines[0][None],
+        beam_width=20,
+        top_paths=10,
+        characters=CHARSET.characters,
+        language_model=language_model,
+        alpha=0.5,
+        beta=0.5,
+    )
+    scores = np.exp([hypothesis.score for hypothesis in hypotheses])
+    assert reading.confidence == pytest.approx(line_confidence(hypotheses[0]) * scores[0] / scores.sum(), rel=1e-6)
+
+
+def test_calibration_of_the_decoder_is_applied_to_lines_and_characters(model, language_model):
+    lines = [log_probs_of("a node", 0.8)]
+    of_lines, of_characters = Calibration(2.0, 1.0, -1.0), Calibration(0.5, 1.5, 1.0)
+    calibrated = Network(model, CHARSET, {"beam_lm": {"lines": of_lines, "characters": of_characters}})
+    for setting in (BEAM_LM, DecodingConfig(decoder="greedy")):
+        (raw,) = Network(model, CHARSET).decode(lines, setting, language_model)
+        (reading,) = calibrated.decode(lines, setting, language_model)
+        assert (reading.text, [c[:3] for c in reading.characters]) == (raw.text, [c[:3] for c in raw.characters])
+        values = np.array([character[3] for character in raw.characters])
+        if setting is BEAM_LM:
+            assert reading.confidence == pytest.approx(of_lines([raw.confidence])[0])
+            np.testing.assert_allclose([c[3] for c in reading.characters], of_characters(values))
+        else:
+            assert reading == raw
+
+
+def test_lexicon_and_hot_words_are_those_of_beam_lm_alone(model, language_model):
+    network, lines = Network(model, CHARSET), [log_probs_of("one nade", 0.55, "o")]
+    strict = DecodingConfig(lexicon="strict", alpha=0.5, beta=0.5)
+    lexicon = strict.build_lexicon(["one", "node"])
+    assert network.decode(lines, strict, language_model, lexicon)[0].text == "one node"
+    greedy = DecodingConfig(decoder="greedy", lexicon="strict")
+    assert network.decode(lines, greedy, language_model, lexicon)[0].text == "one nade"
+    hot = DecodingConfig(alpha=0.0, beta=0.0, hot_words={"node": 4.0})
+    assert network.decode(lines, hot, language_model, hot.build_lexicon([]))[0].text == "one node"
+
+
+def test_word_models_read_too(model):
+    words = WordNGram.train(["one node", "one node done"])
+    line = np.concatenate([log_probs_of("one n"), log_probs_of("a", 0.55, "o"), log_probs_of("de")])
+    setting = DecodingConfig(alpha=1.0, beta=0.0)
+    assert Network(model, CHARSET).decode([line], setting, words)[0].text == "one node"
+
+
+def test_lines_without_frames_or_without_text_are_read_as_empty(model, language_model):
+    blank = np.full((6, CHARSET.num_classes), 1e-4, np.float32)
+    blank[:, CHARSET.blank_index] = 1.0
+    lines = [np.log(blank / blank.sum(axis=1, keepdims=True)), np.zeros((0, CHARSET.num_classes), np.float32)]
+    for decoder in ("greedy", "beam", "beam_lm"):
+        setting = DecodingConfig(decoder=decoder, alpha=0.5, beta=0.0)
+        for reading in Network(model, CHARSET).decode(lines, setting, language_model):
+            assert (reading.text, reading.characters) == ("", [])
+            assert 0 <= reading.confidence <= 1

@@ -1,0 +1,40 @@
+import math
+
+import pytest
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.core.recipe import DecodingConfig
+
+
+@pytest.mark.parametrize("off", ["off", False])  # YAML reads a bare off as False
+def test_lexicon_that_is_off_is_none_unless_there_are_hot_words(off):
+    assert DecodingConfig(lexicon=off).build_lexicon(["Paris"]) is None
+    hot = DecodingConfig(lexicon=off, hot_words={"Verdun": 3}).build_lexicon(["Paris"])
+    assert hot.score("Verdun, anything") == 3.0
+    assert "Paris" not in hot
+
+
+def test_strict_lexicon_forbids_and_open_lexicon_charges_for_unknown_words():
+    words = ["Paris", "la"]
+    strict = DecodingConfig(lexicon="strict").build_lexicon(words)
+    charging = DecodingConfig(lexicon="open", unknown_word_price=2.5, hot_words={"la": 1.5}).build_lexicon(words)
+    assert strict.score("la (Paris)") == 0.0
+    assert strict.score("la Seine") == -math.inf
+    assert charging.score("la Seine") == 1.5 - 2.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hot_words": {"New York": 2.0}}, r"decoding\.hot_words: 'New York' is no word .* one by one"),
+        ({"hot_words": {"1914": 2.0}}, r"decoding\.hot_words: '1914' is no word"),
+        ({"hot_words": {1914: 2.0}}, r"decoding\.hot_words has 1914: 2\.0\. Expected a word and a number"),
+        ({"hot_words": {"Verdun": "much"}}, r"decoding\.hot_words has 'Verdun': 'much'\. Expected"),
+        ({"hot_words": {"Verdun": math.inf}}, r"decoding\.hot_words: hot word 'Verdun' has weight inf"),
+        ({"lexicon": "closed"}, r"decoding\.lexicon = 'closed': expected one of 'off', False, 'strict', 'open'"),
+        ({"unknown_word_price": -1.0}, r"decoding\.unknown_word_price = -1\.0: expected a number of at least 0"),
+    ],
+)
+def test_wrong_setting_is_named_before_anything_runs(settings, message):
+    with pytest.raises(UserError, match=message):
+        DecodingConfig(**settings)

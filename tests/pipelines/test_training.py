@@ -1,0 +1,77 @@
+"""Language model and lexicon as the training pipeline makes them; the network is trained in tests/core and test_run."""
+
+import pyarrow as pa
+import pytest
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
+from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig
+from htr_pipeline.io.datasets import LanguageModel
+from htr_pipeline.pipelines.training.nodes import collect_words, train_language_model
+
+TRAINING = ["the road to Verdun", "the (old) road, 1916"]
+
+
+class Texts:
+    """The part of the features that these nodes read."""
+
+    def figures(self):
+        return pa.table({"split": ["train", "train", "test"], "text": [*TRAINING, "secret"]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, CharacterNGram.train(TRAINING, 6)),
+        ({"order": 3}, CharacterNGram.train(TRAINING, 3)),
+        ({"kind": "word"}, WordNGram.train(TRAINING, 3)),
+        ({"kind": "word", "order": 2}, WordNGram.train(TRAINING, 2)),
+    ],
+)
+def test_model_of_the_training_texts_survives_the_catalog(tmp_path, settings, expected):
+    dataset = LanguageModel(str(tmp_path / "model.npz"))
+    dataset.save(train_language_model(Texts(), LanguageModelConfig(**settings)))
+    loaded = dataset.load()
+    assert type(loaded) is type(expected)
+    assert loaded.trie.tobytes() == expected.trie.tobytes()
+
+
+def test_folder_of_texts_is_learnt_from_and_its_words_are_known(tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.txt").write_text("\ufeffa  forest\n\n«forest»\n", encoding="utf-8")
+    settings = LanguageModelConfig(texts=str(tmp_path))
+    assert train_language_model(Texts(), settings).trie.tobytes() == (
+        CharacterNGram.train([*TRAINING, "a forest", "«forest»"]).trie.tobytes()
+    )
+    assert collect_words(Texts(), settings, DecodingConfig()) == "Verdun\na\nforest\nold\nroad\nthe\nto\n"
+
+
+def test_arpa_file_is_taken_instead_of_training(tmp_path):
+    other = WordNGram.train(["quite another text"], 2)
+    other.to_arpa(tmp_path / "other.arpa")
+    found = train_language_model(Texts(), LanguageModelConfig(kind="word", arpa=str(tmp_path / "other.arpa")))
+    assert found.score("quite another") == pytest.approx(other.score("quite another"), rel=1e-5)
+
+
+def test_file_of_words_is_taken_instead_of_the_texts(tmp_path):
+    (tmp_path / "words.txt").write_text("Paris,\n\nSeine Paris\n1914\ne\u0301te\u0301\n", encoding="utf-8")
+    decoding = DecodingConfig(lexicon="strict", lexicon_words=str(tmp_path / "words.txt"))
+    assert collect_words(Texts(), LanguageModelConfig(), decoding) == "Paris\nSeine\nété\n"
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("été".encode("latin-1"))
+    (tmp_path / "numbers.txt").write_text("1914 1918", encoding="utf-8")
+    for arpa, message in (("nowhere.arpa", "No such file"), ("numbers.txt", r"line 1")):
+        with pytest.raises(UserError, match=rf"language_model\.arpa: .*{message}"):
+            train_language_model(Texts(), LanguageModelConfig(arpa=str(tmp_path / arpa)))
+    for texts, message in (("nothing", "expected a folder with .txt files"), (".", "latin.txt: this is not UTF-8")):
+        with pytest.raises(UserError, match=message):
+            train_language_model(Texts(), LanguageModelConfig(texts=str(tmp_path / texts)))
+    for words, message in (
+        ("nowhere.txt", "nowhere.txt: cannot be read: No such file"),
+        ("latin.txt", "latin.txt: this is not UTF-8"),
+        ("numbers.txt", r"decoding\.lexicon_words = .*numbers\.txt'.*no word"),
+    ):
+        with pytest.raises(UserError, match=message):
+            collect_words(Texts(), LanguageModelConfig(), DecodingConfig(lexicon_words=str(tmp_path / words)))

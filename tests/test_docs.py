@@ -1,0 +1,31 @@
+"""What the documents promise in code."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from htr_pipeline.core.ctc.decoding import beam_search
+from htr_pipeline.core.ctc.language_model import CharacterNGram
+from htr_pipeline.core.text import Charset
+
+DECODING = Path(__file__).parents[1] / "docs" / "decoding.md"
+
+
+def test_network_output_and_arpa_file_are_decoded_in_five_lines(tmp_path, monkeypatch, capsys):
+    snippet = re.search(r"```python\n(.*?)```", DECODING.read_text(encoding="utf-8"), re.S)[1]
+    assert len(snippet.splitlines()) == 5
+    charset, text = Charset(" adeno"), "a done deed"
+    log_probs = np.full((2, 2 * len(text), charset.num_classes), np.log(0.01))
+    for frame, character in enumerate(text):
+        log_probs[:, 2 * frame, charset.encode(character)[0]] = np.log(0.95)
+        log_probs[:, 2 * frame + 1, charset.blank_index] = np.log(0.95)
+    monkeypatch.chdir(tmp_path)
+    np.save("log_probs.npy", log_probs)
+    Path("charset.json").write_text(charset.to_json(), encoding="utf-8")
+    CharacterNGram.train([text, "no need"], 3).to_arpa("fr.arpa")
+    exec(
+        snippet,
+        {"np": np, "Path": Path, "Charset": Charset, "CharacterNGram": CharacterNGram, "beam_search": beam_search},
+    )
+    assert capsys.readouterr().out == f"{[text, text]}\n"

@@ -1,0 +1,79 @@
+"""The served class on the artifacts of a model, without a registry: tests/test_run.py has that."""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageDraw
+
+from htr_pipeline.core.calibration import Calibration
+from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
+from htr_pipeline.core.image import ImageConfig
+from htr_pipeline.core.recipe import DecodingConfig, ModelConfig
+from htr_pipeline.core.text import Charset
+
+keras = pytest.importorskip("keras")
+
+from htr_pipeline.core.model import build_model  # noqa: E402  after TensorFlow is known to be there
+from htr_pipeline.mlflow_model import LineReader, write_settings  # noqa: E402
+
+CHARSET = Charset(" abcde")
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """An untrained network whose frames are not all alike: it reads some nonsense."""
+    model = build_model(ModelConfig(size="XS"), CHARSET.num_classes, 32, seed=2)
+    path = tmp_path_factory.mktemp("network") / "network.keras"
+    model.save(path)
+    return path
+
+
+def reader(folder, network, decoding, *, language_model=None, words="", calibration=None):
+    (folder / "charset.json").write_text(CHARSET.to_json(), encoding="utf-8")
+    (folder / "lexicon.txt").write_text(words, encoding="utf-8")
+    (language_model or CharacterNGram.train(["abc", "bad cab"], 2)).save(folder / "language_model.npz")
+    write_settings(folder / "settings.json", ImageConfig(height_pixels=32), decoding, calibration or {})
+    files = [network, *folder.iterdir()]
+    loaded = LineReader()
+    loaded.load_context(SimpleNamespace(artifacts={path.stem: str(path) for path in files}))
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def images():
+    def image(text):
+        picture = Image.new("L", (160, 40), 255)
+        ImageDraw.Draw(picture).text((10, 12), text, fill=0)
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        return stream.getvalue()
+
+    return [image(text) for text in ("a cab", "dead bee", "ace")]
+
+
+def read(loaded, images, **params):
+    return loaded.predict(None, pd.DataFrame({"image": images}), params or None)
+
+
+def test_served_confidences_are_the_calibrated_ones(tmp_path, network, images):
+    decoding = DecodingConfig(alpha=0.3, beta=0.5, beam_width=5)
+    calibration = {"beam_lm": {"lines": {"a": 0.5, "b": 2.0, "c": 1.0}, "characters": {"a": 1.0, "b": 1.0, "c": 0.0}}}
+    raw = read(reader(tmp_path, network, decoding), images)
+    calibrated = reader(tmp_path, network, decoding, calibration=calibration)
+    found = read(calibrated, images)
+    assert found["text"].tolist() == raw["text"].tolist()
+    assert raw["confidence"].between(0, 1).all()
+    np.testing.assert_allclose(found["confidence"], Calibration(0.5, 2.0, 1.0)(raw["confidence"]))
+    assert read(calibrated, images, decoder="greedy")["error"].isna().all()
+
+
+def test_lexicon_and_word_model_come_with_the_model(tmp_path, network, images):
+    decoding = DecodingConfig(alpha=0.1, beta=3.0, lexicon="strict", hot_words={"cab": 1.0})
+    words = WordNGram.train(["a cab", "dead cab"])
+    found = read(reader(tmp_path, network, decoding, language_model=words, words="dead\na\n"), images)
+    written = set(" ".join(found["text"]).split())
+    assert written
+    assert written <= {"dead", "a", "cab"}
