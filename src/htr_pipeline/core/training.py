@@ -18,6 +18,7 @@ from htr_pipeline.core.ctc.loss import ctc_loss
 from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.model import FrameLength, build_model
+from htr_pipeline.core.optimizer import Muon
 from htr_pipeline.core.recipe import ModelConfig, TrainingConfig, learning_rate
 from htr_pipeline.core.text import Charset
 
@@ -175,11 +176,7 @@ class _Trainer:
         self.model = model
         self.charset = charset
         self.config = config
-        self.optimizer = keras.optimizers.AdamW(
-            config.learning_rate, weight_decay=config.weight_decay, global_clipnorm=config.gradient_clip_norm or None
-        )
-        # Decay shrinks kernels only: offsets and scales of the normalisation carry no capacity.
-        self.optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+        self.optimizer = Muon(config.learning_rate, config.weight_decay, config.gradient_clip_norm)
         self.optimizer.build(model.trainable_variables)
         signature = [
             tf.TensorSpec((None, None, model.inputs[0].shape[-1]), tf.uint8),

@@ -1,0 +1,45 @@
+"""The optimizer: Muon for the matrices of the network, AdamW for the rest."""
+
+import math
+from typing import Any
+
+import keras
+
+
+class Muon(keras.optimizers.Muon):
+    """Keras' Muon, with the kernels of convolutions taken as matrices of (rows x columns x inputs, outputs).
+
+    Offsets, normalisation, the first convolution (one input channel: a matrix of nine rows) and the two layers of logits
+    are left to AdamW.
+
+    Args:
+        learning_rate: of both; the update of a matrix is scaled to the size that AdamW's would have.
+        weight_decay: of the kernels, decoupled, of both.
+        clip_norm: the gradient is scaled down to this global norm; 0: it is not.
+
+    Source: Jordan et al., Muon: an optimizer for hidden layers in neural networks (2024); the scale is that of Liu et
+        al., Muon is scalable for LLM training (arXiv 2502.16982).
+    """
+
+    def __init__(self, learning_rate: float, weight_decay: float, clip_norm: float) -> None:
+        super().__init__(
+            learning_rate,
+            weight_decay=weight_decay,
+            adam_weight_decay=weight_decay,
+            adam_beta_2=0.99,
+            global_clipnorm=clip_norm or None,
+        )
+        self.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+
+    def _should_use_adamw(self, variable: Any) -> bool:
+        is_first = len(variable.shape) == 4 and variable.shape[2] == 1
+        return len(variable.shape) not in (2, 4) or is_first or "logits" in variable.path
+
+    def zeropower_via_newtonschulz5(self, x: Any, steps: int) -> Any:
+        """The matrix with the same singular vectors and singular values near one."""
+        matrix = keras.ops.reshape(x, (-1, x.shape[-1]))
+        return keras.ops.reshape(super().zeropower_via_newtonschulz5(matrix, steps), x.shape)
+
+    def lr_adjust(self, x: Any) -> Any:
+        """The update at the root mean square of AdamW's."""
+        return x * (math.sqrt(max(math.prod(x.shape[:-1]), x.shape[-1])) * self.rms_rate)
