@@ -1,3 +1,4 @@
+import hashlib
 import re
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 from htr_pipeline.core.config import UserError
@@ -14,14 +16,14 @@ from htr_pipeline.io.importers import SourceConfig
 from htr_pipeline.io.importers.demo import DemoConfig
 from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, to_table
 from htr_pipeline.pipelines.data_validation.expectations import (
+    LINE_LEVELS,
+    SET_LEVELS,
     ValidationConfig,
     Validator,
-    check_frame,
     line_checks,
-    replaced_folder,
     set_checks,
-    unknown_characters,
 )
+from htr_pipeline.pipelines.data_validation.facts import collect_facts
 from htr_pipeline.pipelines.data_validation.nodes import check_manifest, import_source, validate_lines
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -42,16 +44,31 @@ def good_lines(num=12):
             "width_pixels": 400,
             "height_pixels": 50,
             "content_hash": f"{index:064x}",
+            "image_hash": hashlib.sha256(str(index).encode()).hexdigest()[:32],
         }
         for index in range(num)
     ]
 
 
-def validate(rows, tmp_path, **settings):
-    """validated_lines, rejected_lines, summary and configuration for manifest rows."""
-    config = ValidationConfig(**({"docs_path": str(tmp_path / "docs"), "max_rejected_share": 0.5} | settings))
+def settings_for(tmp_path, **settings):
+    """A dozen lines have few characters often: what is rare is asked for where a test is about it."""
+    return ValidationConfig(
+        **({"docs_path": str(tmp_path / "docs"), "max_rejected_share": 0.5, "min_occurrences": 0} | settings)
+    )
+
+
+def validate_all(rows, tmp_path, metadata=None, **settings):
+    """validated_lines, rejected_lines, warned_lines, summary and configuration for manifest rows."""
+    config = settings_for(tmp_path, **settings)
+    lines = to_table(rows, MANIFEST, metadata)
     nothing = to_table([], REJECTED_LINES)
-    return *validate_lines(to_table(rows, MANIFEST), nothing, [], config, ImageConfig(height_pixels=48)), config
+    return *validate_lines(lines, nothing, [], config, ImageConfig(height_pixels=48)), config
+
+
+def validate(rows, tmp_path, **settings):
+    """The same without warned_lines."""
+    validated, rejected, _, summary, config = validate_all(rows, tmp_path, **settings)
+    return validated, rejected, summary, config
 
 
 def test_good_lines_pass_unchanged(tmp_path):
@@ -113,10 +130,6 @@ def test_characters_outside_those_allowed_are_rejected_with_their_names(tmp_path
     assert "U+00F6 LATIN SMALL LETTER O WITH DIAERESIS" in rejected["detail"][0].as_py()
 
 
-def test_ordinary_characters_of_any_script_are_known():
-    assert unknown_characters("Æther, ﬁn — “שלום” 漢字 e\u0301", None) == "none"
-
-
 def test_writer_in_two_splits_stops_the_run(tmp_path):
     rows = good_lines()
     rows[6]["split"] = "test"
@@ -147,37 +160,145 @@ def test_too_many_rejected_lines_stop_the_run_and_the_first_ten_are_shown(tmp_pa
 def test_no_line_left_stops_the_run_whatever_the_share(tmp_path):
     rejection = {"line_id": "x", "file": "x.png", "stage": "import", "reason": "missing_text", "detail": "no x.gt.txt"}
     config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_rejected_share=1.0)
-    outputs = validate_lines(to_table([], MANIFEST), to_table([rejection], REJECTED_LINES), [], config, ImageConfig())
-    with pytest.raises(UserError, match=r"1 of 1 lines were rejected.*\n.*x\.png \| missing_text \| no x\.gt\.txt"):
-        check_manifest(*outputs, config)
-
-
-def test_character_that_only_the_test_has_is_a_warning_and_the_line_stays(tmp_path):
-    rows = good_lines()
-    rows[2]["text"] = "Wörter"
-    validated, rejected, summary, _ = validate(rows, tmp_path)
-    assert (validated.num_rows, rejected.num_rows) == (12, 0)
-    assert summary["characters_outside_train"] == {"ö": 1}
-    assert "'ö' (in 1)" in summary["warnings"][0]
-
-
-def test_image_that_occurs_twice_under_one_text_is_a_warning(tmp_path):
-    rows = good_lines()
-    rows[4] |= {"text": rows[6]["text"], "content_hash": rows[6]["content_hash"]}
-    validated, _, summary, _ = validate(rows, tmp_path)
-    assert validated.num_rows == 12
-    assert (
-        "1 images occur more than once with the same text, 1 of them in more than one split" in summary["warnings"][-1]
+    validated, rejected, _, summary = validate_lines(
+        to_table([], MANIFEST), to_table([rejection], REJECTED_LINES), [], config, ImageConfig()
     )
+    with pytest.raises(UserError, match=r"1 of 1 lines were rejected.*\n.*x\.png \| missing_text \| no x\.gt\.txt"):
+        check_manifest(validated, rejected, summary, config)
+
+
+def change(number, **values):
+    """The good lines with one of them changed."""
+    rows = good_lines(36)
+    rows[number] |= values
+    return rows
+
+
+def similar(image_hash):
+    """The perceptual hash with three of its 128 bits turned round."""
+    return f"{int(image_hash, 16) ^ (1 << 3 | 1 << 70 | 1 << 127):032x}"
+
+
+PAGE_TEXT = ["ein langer Satz, der auf dieser", "Seite steht und weitergeht"]
+
+
+def same_page_text():
+    rows = good_lines(36)
+    for index, text in zip((0, 3, 2, 5), (*PAGE_TEXT, *PAGE_TEXT), strict=True):
+        rows[index] |= {"text": text, "page_id": f"two lines by {index % 3}"}
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason", "warned", "detail"),
+    [
+        (change(6, text="Wort ab", content_hash=f"{3:064x}"), "same_image", ["line06"], "is that of line03.png"),
+        (
+            change(6, image_hash=similar(good_lines()[3]["image_hash"])),
+            "near_duplicate_image",
+            ["line06"],
+            "looks like line03.png",
+        ),
+        (same_page_text(), "same_page_text", ["line00", "line02", "line03", "line05"], r"two lines by 2 \(test\)"),
+        (change(6, width_pixels=4000), "unusual_width", ["line06"], "wider than this hand writes, by"),
+        (change(6, width_pixels=60), "unusual_width", ["line06"], "narrower than this hand writes, by"),
+        (change(6, text="Wo\u00adrt ab"), "invisible_character", ["line06"], r"U\+00AD SOFT HYPHEN"),
+        (
+            [
+                *change(6, text="Wort ’a"),
+                good_lines(37)[36] | {"text": "Wort 'a"},
+                good_lines(40)[39] | {"text": "o 'b"},
+            ],
+            "mixed_forms",
+            ["line06"],
+            r"'’' \(U\+2019\), which 2 lines write \"'\" \(U\+0027\)",
+        ),
+        (change(6, text="Wоrt ab"), "look_alike", ["line06"], "another script in Wоrt"),
+        (change(2, text="Wört ab"), "untrained_character", ["line02"], "no training line has 'ö'"),
+    ],
+)
+def test_each_doubt_is_a_row_of_warned_lines_and_the_line_stays(tmp_path, rows, reason, warned, detail):
+    levels = dict.fromkeys(LINE_LEVELS, "off") | {reason: "warn"}
+    validated, rejected, table, summary, config = validate_all(rows, tmp_path, levels=levels)
+    assert validated.num_rows == len(rows)
+    assert rejected.num_rows == 0
+    assert table["line_id"].to_pylist() == warned
+    assert set(table["reason"].to_pylist()) == {reason}
+    assert re.search(detail, table["detail"][0].as_py())
+    assert (summary["num_warned"], summary["warned_reasons"]) == (len(warned), {reason: len(warned)})
+    assert check_manifest(validated, rejected, summary, config) is validated
+
+
+def test_rare_character_is_counted_in_training_only(tmp_path):
+    rows = good_lines(36)
+    rows[0]["text"] = rows[3]["text"] = "Wört"
+    rows[1]["text"] = rows[2]["text"] = "öööö ab"
+    for settings, expected in ((2, []), (3, ["line00", "line01", "line02", "line03"])):
+        table = validate_all(rows, tmp_path, min_occurrences=settings)[2]
+        rare = [row for row in table.to_pylist() if row["reason"] == "rare_character"]
+        assert [row["line_id"] for row in rare] == expected
+    assert "'ö' (2 in training)" in rare[0]["detail"]
+
+
+def test_rejected_lines_do_not_count_for_what_is_rare_or_double(tmp_path):
+    rows = good_lines(36)
+    rows[0] |= {"text": "Wört", "height_pixels": 3, "image_hash": rows[4]["image_hash"]}
+    rows[1]["text"] = "Wört"
+    table = validate_all(rows, tmp_path)[2]
+    assert [(row["line_id"], row["reason"]) for row in table.to_pylist()] == [("line01", "untrained_character")]
+
+
+@pytest.mark.parametrize("level", ["reject", "warn", "stop", "off"])
+def test_level_says_what_happens_to_a_line(tmp_path, level):
+    *tables, summary, config = validate_all(
+        change(6, height_pixels=3, width_pixels=90), tmp_path, levels={"height": level}
+    )
+    validated, rejected, warned = tables
+    assert validated.num_rows == (35 if level == "reject" else 36)
+    assert rejected["reason"].to_pylist() == (["height"] if level == "reject" else [])
+    assert ("height" in warned["reason"].to_pylist()) == (level in ("warn", "stop"))
+    assert summary["checks_off"] == (["height"] if level == "off" else [])
+    if level == "stop":
+        with pytest.raises(UserError, match=r"1 lines fail 'height'.*levels\.height = stop.*\n  line06\.png: 3 pixels"):
+            check_manifest(validated, rejected, summary, config)
+    else:
+        assert check_manifest(validated, rejected, summary, config) is validated
+
+
+def test_check_of_the_set_can_be_a_warning(tmp_path):
+    rows = good_lines()
+    rows[6]["split"] = "test"
+    validated, rejected, summary, config = validate(rows, tmp_path, levels={"writer_in_two_splits": "warn"})
+    assert "'writer0' (test and train)" in summary["warnings"][0]
+    assert check_manifest(validated, rejected, summary, config) is validated
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ({"hight": "warn"}, r"validation\.levels\.hight: there is no such check\. Did you mean height\?"),
+        ({"height": "ignore"}, r"validation\.levels\.height = 'ignore': expected one of reject, warn, stop, off"),
+        ({"missing_split": "reject"}, r"missing_split = 'reject': expected one of warn, stop, off"),
+    ],
+)
+def test_wrong_level_is_named(levels, message):
+    with pytest.raises(UserError, match=message):
+        ValidationConfig(levels=levels)
+
+
+def test_levels_of_the_configuration_are_all_there_is():
+    path = Path(__file__).parents[2] / "conf" / "base" / "parameters_data_validation.yml"
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))["validation"]["levels"] == LINE_LEVELS | SET_LEVELS
 
 
 def test_log_ends_with_reasons_and_counts(tmp_path, caplog):
-    rows = good_lines()
-    rows[6]["height_pixels"] = 3
+    rows = change(6, height_pixels=3)
+    rows[2]["text"] = "Wört ab"
     *outputs, config = validate(rows, tmp_path)
     with caplog.at_level("INFO"):
         check_manifest(*outputs, config)
-    assert re.search(r"rejected +1\n +height +1\n", caplog.messages[-1])
+    table = r"rejected +1\n +height +1\n +lines with a warning +1\n +untrained_character +1\n"
+    assert re.search(table, caplog.messages[-1])
 
 
 def test_summary_page_needs_nothing_from_outside(tmp_path):
@@ -191,16 +312,6 @@ def test_summary_page_needs_nothing_from_outside(tmp_path):
     assert "every writer is in one split" in page
 
 
-def test_data_docs_are_pages_in_the_folder_and_nothing_lies_beside(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    validate(good_lines(), tmp_path)
-    validate(good_lines(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["docs"]
-    assert (tmp_path / "docs" / "index.html").is_file()
-    pages = [path.name for path in (tmp_path / "docs" / "validations").rglob("*.html")]
-    assert sorted(pages) == ["lines-lines.html", "lines-set.html"]
-
-
 def test_names_from_strangers_are_text_in_every_page(tmp_path):
     rows = good_lines()
     rows[1]["line_id"] = rows[6]["line_id"] = "<script>alert(1)</script>&amp;"
@@ -210,29 +321,15 @@ def test_names_from_strangers_are_text_in_every_page(tmp_path):
     assert not any("<script>alert" in page for page in pages)
 
 
-def test_folder_of_a_run_that_fails_stays_as_it_was(tmp_path):
-    folder = tmp_path / "docs"
-    with replaced_folder(folder) as new:
-        (new / "page").write_text("first")
-    with pytest.raises(FileNotFoundError), replaced_folder(folder) as new:
-        (new / "page").write_bytes((new / "no such page").read_bytes())
-    assert (folder / "page").read_text() == "first"
-    with replaced_folder(folder) as new:
-        assert list(new.iterdir()) == []
-        (new / "page").write_text("third")
-    assert [path.name for path in tmp_path.iterdir()] == ["docs"]
-    assert (folder / "page").read_text() == "third"
-
-
-def test_expectation_that_cannot_be_evaluated_is_not_taken_for_a_pass(tmp_path):
-    frame = check_frame(to_table(good_lines(), MANIFEST), ValidationConfig(), ImageConfig())
+def test_expectation_that_cannot_be_evaluated_is_not_taken_for_a_pass():
+    facts = collect_facts(to_table(good_lines(), MANIFEST), ValidationConfig(), ImageConfig())
     with pytest.raises(RuntimeError, match="could not evaluate 'same_image_two_texts'"):
-        Validator(tmp_path).run("lines", frame.drop(columns="texts_of_image"), line_checks(ValidationConfig()))
+        Validator().run("lines", facts.drop(columns="texts_of_image"), line_checks(ValidationConfig()))
 
 
-def test_every_reason_is_used_once():
-    reasons = [check.reason for check in (*line_checks(ValidationConfig()), *set_checks())]
-    assert len(set(reasons)) == len(reasons)
+def test_every_check_has_a_level():
+    assert [check.reason for check in line_checks(ValidationConfig())] == list(LINE_LEVELS)
+    assert [check.reason for check in set_checks()] == list(SET_LEVELS)
 
 
 def test_limits_the_wrong_way_round_are_named():
@@ -257,10 +354,11 @@ def test_line_folder_becomes_a_manifest_split_by_writer_twice_the_same(tmp_path)
     config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_rejected_share=0.1)
     runs = []
     for _ in range(2):
-        validated, rejected, summary = validate_lines(*import_source(source, DemoConfig()), config, ImageConfig())
-        runs.append((check_manifest(validated, rejected, summary, config), rejected, summary))
+        *tables, summary = validate_lines(*import_source(source, DemoConfig()), config, ImageConfig())
+        page = (tmp_path / "docs" / "summary.html").read_bytes()
+        runs.append((check_manifest(tables[0], tables[1], summary, config), *tables, summary, page))
     assert runs[0] == runs[1]
-    manifest, rejected, _ = runs[0]
+    manifest, _, rejected, *_ = runs[0]
     frame = manifest.to_pandas()
     assert frame["line_id"].is_monotonic_increasing
     assert frame.groupby("writer_id")["split"].nunique().eq(1).all()
@@ -300,7 +398,7 @@ def test_validation_of_real_lines_rejects_none_and_repeats_itself(tmp_path):
     config = ValidationConfig(docs_path=str(tmp_path / "docs"))
     imported = import_source(SourceConfig(path=str(SHARED / "copiste_fr")), DemoConfig())
     assert imported[0].equals(import_source(SourceConfig(path=str(SHARED / "copiste_fr")), DemoConfig())[0])
-    validated, rejected, summary = validate_lines(*imported, config, ImageConfig())
+    validated, rejected, _, summary = validate_lines(*imported, config, ImageConfig())
     manifest = check_manifest(validated, rejected, summary, config)
     assert (manifest.num_rows, rejected.num_rows) == (4442, 0)
     assert summary["num_writers"] == {"train": 183, "validation": 25, "test": 26}

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError, config, setting
-from htr_pipeline.core.image import read_image
+from htr_pipeline.core.image import perceptual_hash, read_image
 from htr_pipeline.core.text import normalise_text
 from htr_pipeline.io.importers.lines import TEXT_SUFFIX, read_lines
 from htr_pipeline.io.importers.table import TABLE_SUFFIXES, find_tables, read_table
@@ -199,7 +199,7 @@ def _finish(row: dict[str, Any], root: Path, resolved_root: Path, config: Source
     try:
         with image.open("rb") as stream:
             content_hash = hashlib.file_digest(stream, "sha256").hexdigest()
-        height, width = read_image(image).shape
+        grey = read_image(image)
     except (UserError, OSError) as exc:
         detail = str(exc).removeprefix(f"{image}: ")
         return row | _reject("unreadable_image", f"{row['image_path']}: {detail}")
@@ -221,9 +221,10 @@ def _finish(row: dict[str, Any], root: Path, resolved_root: Path, config: Source
         "split": row.get("split"),
         "text": text,
         "image_path": row["image_path"],
-        "width_pixels": width,
-        "height_pixels": height,
+        "width_pixels": grey.shape[1],
+        "height_pixels": grey.shape[0],
         "content_hash": content_hash,
+        "image_hash": f"{perceptual_hash(grey):032x}",
         "group": row.get("group") or None,
     }
 
