@@ -19,8 +19,8 @@ from htr_pipeline.pipelines.data_validation.expectations import (
     LINE_LEVELS,
     SET_LEVELS,
     ValidationConfig,
-    Validator,
     line_checks,
+    run_checks,
     set_checks,
 )
 from htr_pipeline.pipelines.data_validation.facts import collect_facts
@@ -324,7 +324,7 @@ def test_names_from_strangers_are_text_in_every_page(tmp_path):
 def test_expectation_that_cannot_be_evaluated_is_not_taken_for_a_pass():
     facts = collect_facts(to_table(good_lines(), MANIFEST), ValidationConfig(), ImageConfig())
     with pytest.raises(RuntimeError, match="could not evaluate 'same_image_two_texts'"):
-        Validator().run("lines", facts.drop(columns="texts_of_image"), line_checks(ValidationConfig()))
+        run_checks(facts.drop(columns="texts_of_image"), line_checks(ValidationConfig()))
 
 
 def test_every_check_has_a_level():

@@ -306,55 +306,51 @@ def _list_writers(frame: pd.DataFrame) -> str:
     return ", ".join(words) + (f" and {len(splits) - 5} more" if len(splits) > 5 else "")
 
 
-class Validator:
-    """Runs checks with Great Expectations, with no project folder of its own."""
+def run_checks(frame: pd.DataFrame, checks: Sequence[Check]) -> list[Outcome]:
+    """What came of each check on the frame, by Great Expectations, with no project folder of its own.
 
-    def __init__(self) -> None:
-        import great_expectations as gx
-        from great_expectations.data_context.types.base import (
-            DataContextConfig,
-            InMemoryStoreBackendDefaults,
-            ProgressBarsConfig,
-        )
+    Args:
+        frame: facts.collect_facts.
+        checks: any of line_checks and set_checks.
 
-        self._gx = gx
-        self._context = gx.get_context(
-            mode="ephemeral",
-            project_config=DataContextConfig(
-                # Without its own site, which it would leave in the system's temporary folder.
-                store_backend_defaults=InMemoryStoreBackendDefaults(init_temp_docs_sites=False),
-                progress_bars=ProgressBarsConfig(globally=False),
-            ),
-        )
-        self._source = self._context.data_sources.add_pandas("lines")
+    Raises:
+        RuntimeError: an expectation could not be evaluated.
+    """
+    if not checks:
+        return []
+    import great_expectations as gx
+    import great_expectations.expectations as gxe
+    from great_expectations.data_context.types.base import (
+        DataContextConfig,
+        InMemoryStoreBackendDefaults,
+        ProgressBarsConfig,
+    )
 
-    def run(self, name: str, frame: pd.DataFrame, checks: Sequence[Check]) -> list[Outcome]:
-        """What came of each check on the frame.
-
-        Raises:
-            RuntimeError: an expectation could not be evaluated.
-        """
-        if not checks:
-            return []
-        import great_expectations.expectations as gxe
-
-        expectations = [check.expectation(gxe) for check in checks]
-        for check, expectation in zip(checks, expectations, strict=True):
-            expectation.notes = check.claim
-            expectation.meta = {"reason": check.reason}
-        suite = self._context.suites.add(self._gx.ExpectationSuite(name=name, expectations=expectations))
-        batch = self._source.add_dataframe_asset(name).add_batch_definition_whole_dataframe(name)
-        definition = self._context.validation_definitions.add(
-            self._gx.ValidationDefinition(name=name, data=batch, suite=suite)
-        )
-        result = definition.run(
-            batch_parameters={"dataframe": frame.reset_index(drop=True)},
-            # The query is a text that names every row that failed.
-            result_format={"result_format": "COMPLETE", "return_unexpected_index_query": False},
-        )
-        # The results come in an order of their own where an expectation could not be evaluated.
-        found = {found.expectation_config.meta["reason"]: found for found in result.results}
-        return [_outcome(check, found[check.reason]) for check in checks]
+    context = gx.get_context(
+        mode="ephemeral",
+        project_config=DataContextConfig(
+            # Without its own site, which it would leave in the system's temporary folder.
+            store_backend_defaults=InMemoryStoreBackendDefaults(init_temp_docs_sites=False),
+            progress_bars=ProgressBarsConfig(globally=False),
+        ),
+    )
+    expectations = [check.expectation(gxe) for check in checks]
+    for check, expectation in zip(checks, expectations, strict=True):
+        expectation.notes = check.claim
+        expectation.meta = {"reason": check.reason}
+    suite = context.suites.add(gx.ExpectationSuite(name="lines", expectations=expectations))
+    asset = context.data_sources.add_pandas("lines").add_dataframe_asset("lines")
+    batch = asset.add_batch_definition_whole_dataframe("lines")
+    definition = context.validation_definitions.add(gx.ValidationDefinition(name="lines", data=batch, suite=suite))
+    result = definition.run(
+        # Great Expectations holds on to what it was given last: no more than it needs.
+        batch_parameters={"dataframe": frame[sorted({expectation.column for expectation in expectations})]},
+        # The query is a text that names every row that failed.
+        result_format={"result_format": "COMPLETE", "return_unexpected_index_query": False},
+    )
+    # The results come in an order of their own where an expectation could not be evaluated.
+    found = {found.expectation_config.meta["reason"]: found for found in result.results}
+    return [_outcome(check, found[check.reason]) for check in checks]
 
 
 def _outcome(check: Check, found: Any) -> Outcome:

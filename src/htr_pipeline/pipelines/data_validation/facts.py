@@ -59,11 +59,13 @@ def collect_facts(lines: pa.Table, config: ValidationConfig, image_config: Image
     frame["spare_frames"] = frame["frames"] - frame["required_frames"]
     _add_width_deviation(frame)
 
-    frame["texts_of_image"] = frame.groupby("content_hash")["text"].transform("nunique").astype("int64")
-    first = frame.groupby("content_hash")["image_path"].transform("first")
-    copies = frame.duplicated("content_hash")
-    frame["same_image"] = first.where(copies, "")
-    frame["near_image"] = _near_images(frame[~copies], config.near_duplicate_bits).reindex(frame.index, fill_value="")
+    # By numbers: as text, the hashes of a million lines would be a million Python strings.
+    images = frame["content_hash"].factorize()[0]
+    frame["texts_of_image"] = pd.Series(frame["text"].factorize()[0]).groupby(images).transform("nunique")
+    rows = pd.Series(np.arange(len(frame)))
+    first = rows.groupby(images).transform("first")
+    frame["same_image"] = _paths_at(frame, first.where(first < rows, -1).to_numpy(np.int64))
+    frame["near_image"] = _paths_at(frame, _near_images(frame["image_hash"].where(first == rows), config))
     frame["other_page"] = _pages_of_same_text(frame)
     splits = frame.groupby("writer_id")["split"].unique().map(lambda found: " and ".join(sorted(found)))
     frame["writer_splits"] = frame["writer_id"].map(splits)
@@ -177,13 +179,18 @@ def _add_width_deviation(frame: pd.DataFrame) -> None:
 # Duplicates
 
 
-def _near_images(frame: pd.DataFrame, max_distance: int) -> pd.Series:
-    """Path of an earlier image that looks the same, for the lines that have one."""
-    hashes = frame["image_hash"].fillna("0" * 32)
-    pairs = np.frombuffer(bytes.fromhex("".join(hashes)), dtype=">u8").reshape(-1, 2).astype(np.uint64)
-    nearest = find_near_duplicates(pairs, max_distance)
-    found = nearest >= 0
-    return pd.Series(frame["image_path"].to_numpy()[nearest[found]], index=frame.index[found], dtype="str")
+def _paths_at(frame: pd.DataFrame, rows: np.ndarray) -> pd.Series:
+    """The image path of the row that each line names; empty for -1."""
+    paths = np.full(len(frame), "", object)
+    paths[rows >= 0] = frame["image_path"].iloc[rows[rows >= 0]]
+    return pd.Series(paths, dtype="str")
+
+
+def _near_images(hashes: pd.Series, config: ValidationConfig) -> np.ndarray:
+    """Row of an earlier image that looks the same, or -1."""
+    digits = pa.array(hashes.fillna("0" * 32), pa.string()).to_pylist()
+    pairs = np.frombuffer(bytes.fromhex("".join(digits)), dtype=">u8").reshape(-1, 2).astype(np.uint64)
+    return find_near_duplicates(pairs, config.near_duplicate_bits)
 
 
 def _pages_of_same_text(frame: pd.DataFrame) -> pd.Series:

@@ -23,8 +23,8 @@ from htr_pipeline.pipelines.data_validation.expectations import (
     Check,
     Outcome,
     ValidationConfig,
-    Validator,
     line_checks,
+    run_checks,
     set_checks,
 )
 from htr_pipeline.pipelines.data_validation.facts import collect_facts
@@ -65,8 +65,8 @@ def validate_lines(
     checks = {level: [c for c in line_checks(validation) if validation.level(c.reason) == level] for level in _LEVELS}
     about_set = [check for check in set_checks() if validation.level(check.reason) != "off"]
 
-    facts, validator = collect_facts(imported_lines, validation, features), Validator()
-    rejecting = validator.run("reject", facts, checks["reject"])
+    facts = collect_facts(imported_lines, validation, features)
+    rejecting = run_checks(facts, checks["reject"])
     rejected_by = np.full(len(facts), -1)
     for index, outcome in reversed(list(enumerate(rejecting))):
         rejected_by[outcome.failed_rows] = index
@@ -77,9 +77,11 @@ def validate_lines(
 
     # Again for the lines that are left: what is rare or stands twice among them does not depend on those that are not.
     if is_rejected.any():
+        del facts  # the memory of a million lines
         facts = collect_facts(validated, validation, features)
-    warning = validator.run("warn", facts, [*checks["warn"], *checks["stop"]])
-    of_set = validator.run("set", facts, about_set)
+    outcomes = run_checks(facts, [*checks["warn"], *checks["stop"], *about_set])
+    warning = [outcome for outcome in outcomes if outcome.check.reason in LINE_LEVELS]
+    of_set = [outcome for outcome in outcomes if outcome.check.reason in SET_LEVELS]
     doubted = [(outcome.check, outcome.failed_rows) for outcome in warning]
     warned = _sort(pa.concat_tables([WARNED_LINES.empty_table(), *_list_lines(facts, doubted, WARNED_LINES)]))
 
