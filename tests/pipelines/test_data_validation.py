@@ -1,7 +1,12 @@
+import base64
 import hashlib
+import io
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,7 @@ from PIL import Image
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig
+from htr_pipeline.io.datasets import ParquetTable
 from htr_pipeline.io.importers import SourceConfig
 from htr_pipeline.io.importers.demo import DemoConfig
 from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, to_table
@@ -306,10 +312,132 @@ def test_summary_page_needs_nothing_from_outside(tmp_path):
     rows[6]["text"] = "<script>alert(1)</script>\x07"
     validate(rows, tmp_path)
     page = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
-    assert not re.search(r"https?://|//cdn|<script|<link|@import|src=", page)
+    assert not re.search(r"https?://|//cdn|<script|<link|@import|src=(?!\"data:)", page)
     assert "&lt;script&gt;" in page
     assert "unknown_character" in page
     assert "every writer is in one split" in page
+
+
+def draw(folder, name, shade):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((50, 400), shade, np.uint8)).save(path)
+
+
+def shown_images(page):
+    """Grey value in the middle of each image on the page, by the file that is named under it."""
+    found = re.findall(r'src="data:image/jpeg;base64,([^"]+)">\s*<span class="file"><bdi>([^<]+)<', page)
+    images = {file: Image.open(io.BytesIO(base64.b64decode(data))) for data, file in found}
+    return {file: image.getpixel((image.width // 2, image.height // 2)) for file, image in images.items()}
+
+
+def test_rejected_and_doubted_lines_are_on_the_page_with_their_images(tmp_path):
+    rows = good_lines(36)
+    rows[2]["text"] = "Wört ab"
+    rows[6] |= {"text": "a\x07b"}
+    rows[9] |= {"text": "a\x07b", "image_path": "not an image.png"}
+    rows[12] |= {"text": "a\x07b", "image_path": "../outside.png"}
+    source = tmp_path / "source"
+    draw(source, "line02.png", 200)
+    draw(source, "line06.png", 100)
+    draw(source, "../outside.png", 50)
+    (source / "not an image.png").write_text("no")
+    validate_all(rows, tmp_path, {"image_root": str(source)})
+    page = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
+    assert shown_images(page) == {"line02.png": pytest.approx(200, abs=3), "line06.png": pytest.approx(100, abs=3)}
+    assert page.count("no image that could be shown") == 2
+    assert all(file in page for file in ("not an image.png", "../outside.png"))
+
+
+def test_page_shows_both_images_that_look_alike(tmp_path):
+    rows = change(6, image_hash=similar(good_lines()[3]["image_hash"]))
+    for index in (3, 6):
+        draw(tmp_path / "source", f"line{index:02}.png", 20 * index)
+    validate_all(rows, tmp_path, {"image_root": str(tmp_path / "source")})
+    page = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
+    assert page.count('src="data:image/jpeg') == 2
+    assert "under it <bdi>line03.png</bdi>" in page
+
+
+def test_line_of_a_page_is_cut_out_by_its_polygon(tmp_path):
+    rows = change(6, text="a\x07b", image_path="page.png", polygon=[[300, 10], [390, 10], [390, 40], [300, 45]])
+    page = np.full((50, 400), 255, np.uint8)
+    page[5:48, 290:] = 90
+    (tmp_path / "source").mkdir()
+    Image.fromarray(page).save(tmp_path / "source" / "page.png")
+    validate_all(rows, tmp_path, {"image_root": str(tmp_path / "source")})
+    html = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
+    assert shown_images(html) == {"page.png": pytest.approx(90, abs=3)}
+
+
+def test_page_says_how_many_lines_it_does_not_show(tmp_path):
+    rows = good_lines(36)
+    for row in rows[:12]:
+        row |= {"height_pixels": 3, "width_pixels": 90}
+    validate_all(rows, tmp_path, shown_per_reason=5)
+    page = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
+    assert page.count("3 pixels high") == 5
+    assert "And 7 more" in page
+
+
+VALIDATE = """
+import sys
+from htr_pipeline.core.image import ImageConfig
+from htr_pipeline.io.datasets import JsonDocument, ParquetTable
+from htr_pipeline.io.manifest import REJECTED_LINES, to_table
+from htr_pipeline.pipelines.data_validation.expectations import ValidationConfig
+from htr_pipeline.pipelines.data_validation.nodes import validate_lines
+source, target = sys.argv[1:]
+config = ValidationConfig(docs_path=f"{target}/docs")
+lines = ParquetTable(f"{source}/lines.parquet").load()
+*tables, summary = validate_lines(lines, to_table([], REJECTED_LINES), [], config, ImageConfig())
+for name, table in zip(("validated", "rejected", "warned"), tables, strict=True):
+    ParquetTable(f"{target}/{name}.parquet").save(table)
+JsonDocument(f"{target}/summary.json").save(summary)
+"""
+
+
+def validation_process(source, target):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PYTHONHASHSEED": "random"}
+    return subprocess.Popen(
+        [sys.executable, "-c", VALIDATE, str(source), str(target)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def visible_files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def test_two_processes_give_the_same_bytes_also_after_sigkill(tmp_path):
+    rows = good_lines(900)
+    for index in range(0, 900, 7):
+        rows[index]["text"] += "öäüß’"[index % 5]
+    for index in range(0, 900, 11):
+        rows[index] |= {"height_pixels": 3, "width_pixels": 90}
+    ParquetTable(str(tmp_path / "lines.parquet")).save(to_table(rows, MANIFEST))
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert validation_process(tmp_path, first).wait(120) == 0
+    expected = visible_files(first)
+    assert len(expected) == 5
+
+    process = validation_process(tmp_path, second)
+    deadline = time.monotonic() + 120
+    # The first file that is begun: the page, while no table is written yet.
+    while not any(second.rglob("*.*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    left = visible_files(second)
+    assert left.items() <= expected.items()
+    assert "summary.json" not in left
+    assert validation_process(tmp_path, second).wait(120) == 0
+    assert visible_files(second) == expected
 
 
 def test_names_from_strangers_are_text_in_every_page(tmp_path):
@@ -324,7 +452,7 @@ def test_names_from_strangers_are_text_in_every_page(tmp_path):
 def test_expectation_that_cannot_be_evaluated_is_not_taken_for_a_pass():
     facts = collect_facts(to_table(good_lines(), MANIFEST), ValidationConfig(), ImageConfig())
     with pytest.raises(RuntimeError, match="could not evaluate 'same_image_two_texts'"):
-        run_checks(facts.drop(columns="texts_of_image"), line_checks(ValidationConfig()))
+        run_checks(facts.assign(texts_of_image="many"), line_checks(ValidationConfig()))
 
 
 def test_every_check_has_a_level():
