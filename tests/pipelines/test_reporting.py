@@ -284,6 +284,8 @@ def make_inputs(
         "validation_summary": {
             "warnings": ["2 images occur more than once with the same text, 0 of them in more than one split."],
             "expectations": [{"claim": "ids are unique", "success": True}],
+            "num_warned": 5,
+            "warned_reasons": {"rare_character": 3, "unusual_width": 4},
         },
         "features": features,
         "parameters": {"training": {"epochs": epochs, "max_minutes": None}, "report": ReportConfig()},
