@@ -387,6 +387,12 @@ def test_rejections_are_counted_by_reason_and_the_first_ten_shown(page, html):
     assert "The first 10" in page.text_of["data"]
 
 
+def test_what_was_left_out_or_doubted_leads_to_the_page_of_validation(page):
+    text = re.sub("[ \n]+", " ", page.text_of["data"])
+    assert "5 lines stay with a warning: rare_character 3, unusual_width 4." in text
+    assert "validation/summary.html" in [link["href"] for link in page.all("a")]
+
+
 def test_every_shown_line_has_its_image_dark_on_white(page, inputs):
     images = page.all("img")
     assert len(images) == 40
