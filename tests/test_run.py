@@ -154,7 +154,7 @@ def test_mlflow_has_one_finished_run_with_parameters_metrics_tags_and_artifacts(
     artifacts = {artifact.path for artifact in client(toy.project).list_artifacts(info.run_id)}
     assert {"report.html", "validation"} <= artifacts
     docs = {artifact.path for artifact in client(toy.project).list_artifacts(info.run_id, "validation")}
-    assert "validation/index.html" in docs
+    assert "validation/summary.html" in docs
 
 
 PREDICT = """

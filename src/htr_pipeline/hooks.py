@@ -210,7 +210,7 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
         "",
         f"  manifest       {place('manifest')}",
         f"  rejected       {place('rejected_lines')}",
-        f"  Data Docs      {shown(docs) / 'index.html'}",
+        f"  validation     {shown(docs) / 'summary.html'}",
         f"  features       {place('features')}",
         f"  network        {place('model')}",
         f"  predictions    {place('predictions')}",

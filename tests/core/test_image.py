@@ -9,8 +9,10 @@ from htr_pipeline.core import image as image_module
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import (
     ImageConfig,
+    find_near_duplicates,
     normalise_line,
     num_frames,
+    perceptual_hash,
     read_image,
     scaled_width,
     slant_degrees,
@@ -130,3 +132,53 @@ def test_one_pixel_is_a_line():
 
 def test_frames_are_rounded_up():
     assert [num_frames(width) for width in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+def handwriting(seed):
+    """(64, 600) uint8: blurred strokes at places of their own."""
+    random = np.random.default_rng(seed)
+    grey = np.full((64, 600), 230, np.uint8)
+    for x in random.integers(10, 590, 60):
+        top = random.integers(5, 35)
+        cv2.line(grey, (int(x), int(top)), (int(x + random.integers(-8, 9)), int(top + 22)), 40, 3)
+    return cv2.GaussianBlur(grey, (0, 0), 1.0)
+
+
+def hash_distance(left, right):
+    return (perceptual_hash(left) ^ perceptual_hash(right)).bit_count()
+
+
+def test_perceptual_hash_survives_scaling_compression_and_light():
+    grey = handwriting(1)
+    smaller = cv2.resize(grey, None, fx=0.7, fy=0.7, interpolation=cv2.INTER_AREA)
+    compressed = read_image(file_bytes(Image.fromarray(grey), "JPEG"))
+    lighter = (grey * 0.8 + 40).astype(np.uint8)
+    assert max(hash_distance(grey, other) for other in (smaller, compressed, lighter)) <= 8
+
+
+def test_perceptual_hashes_of_different_lines_are_far_apart():
+    lines = [handwriting(seed) for seed in range(8)]
+    assert min(hash_distance(one, other) for one in lines for other in lines if one is not other) > 16
+
+
+def test_perceptual_hash_of_an_empty_image_is_zero():
+    assert perceptual_hash(np.full((40, 300), 200, np.uint8)) == perceptual_hash(np.zeros((1, 1), np.uint8)) == 0
+
+
+def test_near_duplicates_are_found_and_name_the_earlier_line():
+    random = np.random.default_rng(0)
+    hashes = random.integers(0, 2**64, (2000, 2), dtype=np.uint64)
+    expected = np.full(2000, -1)
+    for earlier, later in random.permutation(2000)[:400].reshape(-1, 2):
+        earlier, later = sorted((earlier, later))
+        bits = random.choice(128, 7, replace=False)
+        flip = [sum(1 << int(bit % 64) for bit in bits if bit // 64 == half) for half in (0, 1)]
+        hashes[later] = hashes[earlier] ^ np.array(flip, np.uint64)
+        expected[later] = earlier
+    np.testing.assert_array_equal(find_near_duplicates(hashes, 7), expected)
+    assert (find_near_duplicates(hashes, 6) == -1).all()
+
+
+def test_hashes_without_contrast_resemble_nothing():
+    assert (find_near_duplicates(np.zeros((3, 2), np.uint64), 8) == -1).all()
+    assert find_near_duplicates(np.zeros((0, 2), np.uint64), 8).shape == (0,)

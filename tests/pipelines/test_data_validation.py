@@ -1,27 +1,36 @@
+import base64
+import hashlib
+import io
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig
+from htr_pipeline.io.datasets import ParquetTable
 from htr_pipeline.io.importers import SourceConfig, SourcesConfig
 from htr_pipeline.io.importers.demo import DemoConfig
 from htr_pipeline.io.manifest import LEFT_OUT, MANIFEST, REJECTED_LINES, id_prefixes, image_roots, to_table
 from htr_pipeline.pipelines.data_validation.expectations import (
+    LINE_LEVELS,
+    SET_LEVELS,
     ValidationConfig,
-    Validator,
-    check_frame,
     line_checks,
-    replaced_folder,
+    run_checks,
     set_checks,
-    unknown_characters,
 )
+from htr_pipeline.pipelines.data_validation.facts import collect_facts
 from htr_pipeline.pipelines.data_validation.nodes import check_manifest, import_sources, validate_lines
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -37,21 +46,36 @@ def good_lines(num=12):
             "split": ("train", "validation", "test")[index % 3],
             "text": f"Wort {'aber'[: index % 4 + 1]}",
             "image_path": f"line{index:02}.png",
-            "source": "test",
+            "source": "source",
             "format": "lines",
             "width_pixels": 400,
             "height_pixels": 50,
             "content_hash": f"{index:064x}",
+            "image_hash": hashlib.sha256(str(index).encode()).hexdigest()[:32],
         }
         for index in range(num)
     ]
 
 
-def validate(rows, tmp_path, **settings):
-    """validated_lines, rejected_lines, summary and configuration for manifest rows."""
-    config = ValidationConfig(**({"docs_path": str(tmp_path / "docs"), "max_rejected_share": 0.5} | settings))
+def settings_for(tmp_path, **settings):
+    """A dozen lines have few characters often: what is rare is asked for where a test is about it."""
+    return ValidationConfig(
+        **({"docs_path": str(tmp_path / "docs"), "max_rejected_share": 0.5, "min_occurrences": 0} | settings)
+    )
+
+
+def validate_all(rows, tmp_path, metadata=None, **settings):
+    """validated_lines, rejected_lines, warned_lines, summary and configuration for manifest rows."""
+    config = settings_for(tmp_path, **settings)
+    lines = to_table(rows, MANIFEST, metadata)
     nothing = to_table([], REJECTED_LINES)
-    return *validate_lines(to_table(rows, MANIFEST), nothing, [], config, ImageConfig(height_pixels=48)), config
+    return *validate_lines(lines, nothing, [], config, ImageConfig(height_pixels=48)), config
+
+
+def validate(rows, tmp_path, **settings):
+    """The same without warned_lines."""
+    validated, rejected, _, summary, config = validate_all(rows, tmp_path, **settings)
+    return validated, rejected, summary, config
 
 
 def test_good_lines_pass_unchanged(tmp_path):
@@ -113,10 +137,6 @@ def test_characters_outside_those_allowed_are_rejected_with_their_names(tmp_path
     assert "U+00F6 LATIN SMALL LETTER O WITH DIAERESIS" in rejected["detail"][0].as_py()
 
 
-def test_ordinary_characters_of_any_script_are_known():
-    assert unknown_characters("Æther, ﬁn — “שלום” 漢字 e\u0301", None) == "none"
-
-
 def test_writer_in_two_splits_stops_the_run(tmp_path):
     rows = good_lines()
     rows[6]["split"] = "test"
@@ -163,37 +183,145 @@ def test_source_without_any_text_stops_the_run(tmp_path):
 def test_no_line_left_stops_the_run_whatever_the_share(tmp_path):
     rejection = {"line_id": "x", "file": "x.png", "stage": "import", "reason": "missing_text", "detail": "no x.gt.txt"}
     config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_rejected_share=1.0)
-    outputs = validate_lines(to_table([], MANIFEST), to_table([rejection], REJECTED_LINES), [], config, ImageConfig())
-    with pytest.raises(UserError, match=r"1 of 1 lines were rejected.*\n.*x\.png \| missing_text \| no x\.gt\.txt"):
-        check_manifest(*outputs, config)
-
-
-def test_character_that_only_the_test_has_is_a_warning_and_the_line_stays(tmp_path):
-    rows = good_lines()
-    rows[2]["text"] = "Wörter"
-    validated, rejected, summary, _ = validate(rows, tmp_path)
-    assert (validated.num_rows, rejected.num_rows) == (12, 0)
-    assert summary["characters_outside_train"] == {"ö": 1}
-    assert "'ö' (in 1)" in summary["warnings"][0]
-
-
-def test_image_that_occurs_twice_under_one_text_is_a_warning(tmp_path):
-    rows = good_lines()
-    rows[4] |= {"text": rows[6]["text"], "content_hash": rows[6]["content_hash"]}
-    validated, _, summary, _ = validate(rows, tmp_path)
-    assert validated.num_rows == 12
-    assert (
-        "1 images occur more than once with the same text, 1 of them in more than one split" in summary["warnings"][-1]
+    validated, rejected, _, summary = validate_lines(
+        to_table([], MANIFEST), to_table([rejection], REJECTED_LINES), [], config, ImageConfig()
     )
+    with pytest.raises(UserError, match=r"1 of 1 lines were rejected.*\n.*x\.png \| missing_text \| no x\.gt\.txt"):
+        check_manifest(validated, rejected, summary, config)
+
+
+def change(number, **values):
+    """The good lines with one of them changed."""
+    rows = good_lines(36)
+    rows[number] |= values
+    return rows
+
+
+def similar(image_hash):
+    """The perceptual hash with three of its 128 bits turned round."""
+    return f"{int(image_hash, 16) ^ (1 << 3 | 1 << 70 | 1 << 127):032x}"
+
+
+PAGE_TEXT = ["ein langer Satz, der auf dieser", "Seite steht und weitergeht"]
+
+
+def same_page_text():
+    rows = good_lines(36)
+    for index, text in zip((0, 3, 2, 5), (*PAGE_TEXT, *PAGE_TEXT), strict=True):
+        rows[index] |= {"text": text, "page_id": f"two lines by {index % 3}"}
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason", "warned", "detail"),
+    [
+        (change(6, text="Wort ab", content_hash=f"{3:064x}"), "same_image", ["line06"], "is that of line03"),
+        (
+            change(6, image_hash=similar(good_lines()[3]["image_hash"])),
+            "near_duplicate_image",
+            ["line06"],
+            "looks like line03",
+        ),
+        (same_page_text(), "same_page_text", ["line00", "line02", "line03", "line05"], r"two lines by 2 \(test\)"),
+        (change(6, width_pixels=4000), "unusual_width", ["line06"], "wider than this hand writes, by"),
+        (change(6, width_pixels=60), "unusual_width", ["line06"], "narrower than this hand writes, by"),
+        (change(6, text="Wo\u00adrt ab"), "invisible_character", ["line06"], r"U\+00AD SOFT HYPHEN"),
+        (
+            [
+                *change(6, text="Wort ’a"),
+                good_lines(37)[36] | {"text": "Wort 'a"},
+                good_lines(40)[39] | {"text": "o 'b"},
+            ],
+            "mixed_forms",
+            ["line06"],
+            r"'’' \(U\+2019\), which 2 lines write \"'\" \(U\+0027\)",
+        ),
+        (change(6, text="Wоrt ab"), "look_alike", ["line06"], "another script in Wоrt"),
+        (change(2, text="Wört ab"), "untrained_character", ["line02"], "no training line has 'ö'"),
+    ],
+)
+def test_each_doubt_is_a_row_of_warned_lines_and_the_line_stays(tmp_path, rows, reason, warned, detail):
+    levels = dict.fromkeys(LINE_LEVELS, "off") | {reason: "warn"}
+    validated, rejected, table, summary, config = validate_all(rows, tmp_path, levels=levels)
+    assert validated.num_rows == len(rows)
+    assert rejected.num_rows == 0
+    assert table["line_id"].to_pylist() == warned
+    assert set(table["reason"].to_pylist()) == {reason}
+    assert re.search(detail, table["detail"][0].as_py())
+    assert (summary["num_warned"], summary["warned_reasons"]) == (len(warned), {reason: len(warned)})
+    assert check_manifest(validated, rejected, summary, config) is validated
+
+
+def test_rare_character_is_counted_in_training_only(tmp_path):
+    rows = good_lines(36)
+    rows[0]["text"] = rows[3]["text"] = "Wört"
+    rows[1]["text"] = rows[2]["text"] = "öööö ab"
+    for settings, expected in ((2, []), (3, ["line00", "line01", "line02", "line03"])):
+        table = validate_all(rows, tmp_path, min_occurrences=settings)[2]
+        rare = [row for row in table.to_pylist() if row["reason"] == "rare_character"]
+        assert [row["line_id"] for row in rare] == expected
+    assert "'ö' (2 in training)" in rare[0]["detail"]
+
+
+def test_rejected_lines_do_not_count_for_what_is_rare_or_double(tmp_path):
+    rows = good_lines(36)
+    rows[0] |= {"text": "Wört", "height_pixels": 3, "image_hash": rows[4]["image_hash"]}
+    rows[1]["text"] = "Wört"
+    table = validate_all(rows, tmp_path)[2]
+    assert [(row["line_id"], row["reason"]) for row in table.to_pylist()] == [("line01", "untrained_character")]
+
+
+@pytest.mark.parametrize("level", ["reject", "warn", "stop", "off"])
+def test_level_says_what_happens_to_a_line(tmp_path, level):
+    *tables, summary, config = validate_all(
+        change(6, height_pixels=3, width_pixels=90), tmp_path, levels={"height": level}
+    )
+    validated, rejected, warned = tables
+    assert validated.num_rows == (35 if level == "reject" else 36)
+    assert rejected["reason"].to_pylist() == (["height"] if level == "reject" else [])
+    assert ("height" in warned["reason"].to_pylist()) == (level in ("warn", "stop"))
+    assert summary["checks_off"] == (["height"] if level == "off" else [])
+    if level == "stop":
+        with pytest.raises(UserError, match=r"1 lines fail 'height'.*levels\.height = stop.*\n  line06\.png: 3 pixels"):
+            check_manifest(validated, rejected, summary, config)
+    else:
+        assert check_manifest(validated, rejected, summary, config) is validated
+
+
+def test_check_of_the_set_can_be_a_warning(tmp_path):
+    rows = good_lines()
+    rows[6]["split"] = "test"
+    validated, rejected, summary, config = validate(rows, tmp_path, levels={"writer_in_two_splits": "warn"})
+    assert "'writer0' (test and train)" in summary["warnings"][0]
+    assert check_manifest(validated, rejected, summary, config) is validated
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ({"hight": "warn"}, r"validation\.levels\.hight: there is no such check\. Did you mean height\?"),
+        ({"height": "ignore"}, r"validation\.levels\.height = 'ignore': expected one of reject, warn, stop, off"),
+        ({"missing_split": "reject"}, r"missing_split = 'reject': expected one of warn, stop, off"),
+    ],
+)
+def test_wrong_level_is_named(levels, message):
+    with pytest.raises(UserError, match=message):
+        ValidationConfig(levels=levels)
+
+
+def test_levels_of_the_configuration_are_all_there_is():
+    path = Path(__file__).parents[2] / "conf" / "base" / "parameters_data_validation.yml"
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))["validation"]["levels"] == LINE_LEVELS | SET_LEVELS
 
 
 def test_log_ends_with_reasons_and_counts(tmp_path, caplog):
-    rows = good_lines()
-    rows[6]["height_pixels"] = 3
+    rows = change(6, height_pixels=3)
+    rows[2]["text"] = "Wört ab"
     *outputs, config = validate(rows, tmp_path)
     with caplog.at_level("INFO"):
         check_manifest(*outputs, config)
-    assert re.search(r"rejected +1\n +height +1\n", caplog.messages[-1])
+    table = r"rejected +1\n +height +1\n +lines with a warning +1\n +untrained_character +1\n"
+    assert re.search(table, caplog.messages[-1])
 
 
 def test_summary_page_needs_nothing_from_outside(tmp_path):
@@ -201,20 +329,132 @@ def test_summary_page_needs_nothing_from_outside(tmp_path):
     rows[6]["text"] = "<script>alert(1)</script>\x07"
     validate(rows, tmp_path)
     page = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
-    assert not re.search(r"https?://|//cdn|<script|<link|@import|src=", page)
+    assert not re.search(r"https?://|//cdn|<script|<link|@import|src=(?!\"data:)", page)
     assert "&lt;script&gt;" in page
     assert "unknown_character" in page
     assert "every writer is in one split" in page
 
 
-def test_data_docs_are_pages_in_the_folder_and_nothing_lies_beside(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    validate(good_lines(), tmp_path)
-    validate(good_lines(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["docs"]
-    assert (tmp_path / "docs" / "index.html").is_file()
-    pages = [path.name for path in (tmp_path / "docs" / "validations").rglob("*.html")]
-    assert sorted(pages) == ["lines-lines.html", "lines-set.html"]
+def draw(folder, name, shade):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((50, 400), shade, np.uint8)).save(path)
+
+
+def shown_images(page):
+    """Grey value in the middle of each image on the page, by the file that is named under it."""
+    found = re.findall(r'src="data:image/jpeg;base64,([^"]+)">\s*<span class="file"><bdi>([^<]+)<', page)
+    images = {file: Image.open(io.BytesIO(base64.b64decode(data))) for data, file in found}
+    return {file: image.getpixel((image.width // 2, image.height // 2)) for file, image in images.items()}
+
+
+def test_rejected_and_doubted_lines_are_on_the_page_with_their_images(tmp_path):
+    rows = good_lines(36)
+    rows[2]["text"] = "Wört ab"
+    rows[6] |= {"text": "a\x07b"}
+    rows[9] |= {"text": "a\x07b", "image_path": "not an image.png"}
+    rows[12] |= {"text": "a\x07b", "image_path": "../outside.png"}
+    source = tmp_path / "source"
+    draw(source, "line02.png", 200)
+    draw(source, "line06.png", 100)
+    draw(source, "../outside.png", 50)
+    (source / "not an image.png").write_text("no")
+    validate_all(rows, tmp_path, {"image_roots": json.dumps({"source": str(source)})})
+    page = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
+    assert shown_images(page) == {"line02.png": pytest.approx(200, abs=3), "line06.png": pytest.approx(100, abs=3)}
+    assert page.count("no image that could be shown") == 2
+    assert all(file in page for file in ("not an image.png", "../outside.png"))
+
+
+def test_page_shows_both_images_that_look_alike(tmp_path):
+    rows = change(6, image_hash=similar(good_lines()[3]["image_hash"]))
+    for index in (3, 6):
+        draw(tmp_path / "source", f"line{index:02}.png", 20 * index)
+    validate_all(rows, tmp_path, {"image_roots": json.dumps({"source": str(tmp_path / "source")})})
+    page = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
+    assert page.count('src="data:image/jpeg') == 2
+    assert "under it <bdi>line03</bdi>" in page
+
+
+def test_line_of_a_page_is_cut_out_by_its_polygon(tmp_path):
+    rows = change(6, text="a\x07b", image_path="page.png", polygon=[[300, 10], [390, 10], [390, 40], [300, 45]])
+    page = np.full((50, 400), 255, np.uint8)
+    page[5:48, 290:] = 90
+    (tmp_path / "source").mkdir()
+    Image.fromarray(page).save(tmp_path / "source" / "page.png")
+    validate_all(rows, tmp_path, {"image_roots": json.dumps({"source": str(tmp_path / "source")})})
+    html = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
+    assert shown_images(html) == {"page.png": pytest.approx(90, abs=3)}
+
+
+def test_page_says_how_many_lines_it_does_not_show(tmp_path):
+    rows = good_lines(36)
+    for row in rows[:12]:
+        row |= {"height_pixels": 3, "width_pixels": 90}
+    validate_all(rows, tmp_path, shown_per_reason=5)
+    page = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
+    assert page.count("3 pixels high") == 5
+    assert "And 7 more" in page
+
+
+VALIDATE = """
+import sys
+from htr_pipeline.core.image import ImageConfig
+from htr_pipeline.io.datasets import JsonDocument, ParquetTable
+from htr_pipeline.io.manifest import REJECTED_LINES, to_table
+from htr_pipeline.pipelines.data_validation.expectations import ValidationConfig
+from htr_pipeline.pipelines.data_validation.nodes import validate_lines
+source, target = sys.argv[1:]
+config = ValidationConfig(docs_path=f"{target}/docs")
+lines = ParquetTable(f"{source}/lines.parquet").load()
+*tables, summary = validate_lines(lines, to_table([], REJECTED_LINES), [], config, ImageConfig())
+for name, table in zip(("validated", "rejected", "warned"), tables, strict=True):
+    ParquetTable(f"{target}/{name}.parquet").save(table)
+JsonDocument(f"{target}/summary.json").save(summary)
+"""
+
+
+def validation_process(source, target):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PYTHONHASHSEED": "random"}
+    return subprocess.Popen(
+        [sys.executable, "-c", VALIDATE, str(source), str(target)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def visible_files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def test_two_processes_give_the_same_bytes_also_after_sigkill(tmp_path):
+    rows = good_lines(900)
+    for index in range(0, 900, 7):
+        rows[index]["text"] += "öäüß’"[index % 5]
+    for index in range(0, 900, 11):
+        rows[index] |= {"height_pixels": 3, "width_pixels": 90}
+    ParquetTable(str(tmp_path / "lines.parquet")).save(to_table(rows, MANIFEST))
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert validation_process(tmp_path, first).wait(120) == 0
+    expected = visible_files(first)
+    assert len(expected) == 5
+
+    process = validation_process(tmp_path, second)
+    deadline = time.monotonic() + 120
+    # The first file that is begun: the page, while no table is written yet.
+    while not any(second.rglob("*.*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    left = visible_files(second)
+    assert left.items() <= expected.items()
+    assert "summary.json" not in left
+    assert validation_process(tmp_path, second).wait(120) == 0
+    assert visible_files(second) == expected
 
 
 def test_names_from_strangers_are_text_in_every_page(tmp_path):
@@ -226,29 +466,15 @@ def test_names_from_strangers_are_text_in_every_page(tmp_path):
     assert not any("<script>alert" in page for page in pages)
 
 
-def test_folder_of_a_run_that_fails_stays_as_it_was(tmp_path):
-    folder = tmp_path / "docs"
-    with replaced_folder(folder) as new:
-        (new / "page").write_text("first")
-    with pytest.raises(FileNotFoundError), replaced_folder(folder) as new:
-        (new / "page").write_bytes((new / "no such page").read_bytes())
-    assert (folder / "page").read_text() == "first"
-    with replaced_folder(folder) as new:
-        assert list(new.iterdir()) == []
-        (new / "page").write_text("third")
-    assert [path.name for path in tmp_path.iterdir()] == ["docs"]
-    assert (folder / "page").read_text() == "third"
-
-
-def test_expectation_that_cannot_be_evaluated_is_not_taken_for_a_pass(tmp_path):
-    frame = check_frame(to_table(good_lines(), MANIFEST), ValidationConfig(), ImageConfig())
+def test_expectation_that_cannot_be_evaluated_is_not_taken_for_a_pass():
+    facts = collect_facts(to_table(good_lines(), MANIFEST), ValidationConfig(), ImageConfig())
     with pytest.raises(RuntimeError, match="could not evaluate 'same_image_two_texts'"):
-        Validator(tmp_path).run("lines", frame.drop(columns="texts_of_image"), line_checks(ValidationConfig()))
+        run_checks(facts.assign(texts_of_image="many"), line_checks(ValidationConfig()))
 
 
-def test_every_reason_is_used_once():
-    reasons = [check.reason for check in (*line_checks(ValidationConfig()), *set_checks())]
-    assert len(set(reasons)) == len(reasons)
+def test_every_check_has_a_level():
+    assert [check.reason for check in line_checks(ValidationConfig())] == list(LINE_LEVELS)
+    assert [check.reason for check in set_checks()] == list(SET_LEVELS)
 
 
 def test_limits_the_wrong_way_round_are_named():
@@ -273,12 +499,12 @@ def test_line_folder_becomes_a_manifest_split_by_writer_twice_the_same(tmp_path)
     config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_rejected_share=0.1)
     runs = []
     for _ in range(2):
-        validated, rejected, summary = validate_lines(
-            *import_sources(source, SourcesConfig(), DemoConfig()), config, ImageConfig()
-        )
-        runs.append((check_manifest(validated, rejected, summary, config), rejected, summary))
+        imported = import_sources(source, SourcesConfig(), DemoConfig())
+        *tables, summary = validate_lines(*imported, config, ImageConfig())
+        page = (tmp_path / "docs" / "summary.html").read_bytes()
+        runs.append((check_manifest(tables[0], tables[1], summary, config), *tables, summary, page))
     assert runs[0] == runs[1]
-    manifest, rejected, _ = runs[0]
+    manifest, _, rejected, *_ = runs[0]
     frame = manifest.to_pandas()
     assert frame["line_id"].is_monotonic_increasing  # the order of the source
     assert frame.groupby("writer_id")["split"].nunique().eq(1).all()
@@ -411,7 +637,7 @@ def test_validation_of_real_lines_rejects_none_and_repeats_itself(tmp_path):
     arguments = (SourceConfig(path=str(SHARED / "copiste_fr")), SourcesConfig(), DemoConfig())
     imported = import_sources(*arguments)
     assert imported[0].equals(import_sources(*arguments)[0])
-    validated, rejected, summary = validate_lines(*imported, config, ImageConfig())
+    validated, rejected, _, summary = validate_lines(*imported, config, ImageConfig())
     manifest = check_manifest(validated, rejected, summary, config)
     assert (manifest.num_rows, rejected.num_rows) == (4442, 0)
     assert summary["num_writers"] == {"train": 183, "validation": 25, "test": 26}

@@ -306,6 +306,8 @@ def make_inputs(
         "validation_summary": {
             "warnings": ["2 images occur more than once with the same text, 0 of them in more than one split."],
             "expectations": [{"claim": "ids are unique", "success": True}],
+            "num_warned": 5,
+            "warned_reasons": {"rare_character": 3, "unusual_width": 4},
         },
         "features": features,
         "parameters": {"training": {"epochs": epochs, "max_minutes": None}, "report": ReportConfig()},
@@ -346,7 +348,8 @@ def num_of(text):
 def test_page_loads_nothing_from_anywhere(page, html):
     addresses = [a[name] for _, a in page.tags for name in ("src", "href", "action", "data", "poster") if a.get(name)]
     assert addresses
-    assert all(address.startswith(("data:image/png;base64,", "#")) for address in addresses)
+    beside = {"validation/summary.html"}  # a link that nothing is loaded from
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in set(addresses) - beside)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe", "object", "form")]
     assert not re.search(r"url\(|@import|https?://", html)
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
@@ -405,6 +408,12 @@ def test_rejections_are_counted_by_reason_and_the_first_ten_shown(page, html):
     assert "bad-09.png" in page.text_of["data"]
     assert "bad-10.png" not in page.text_of["data"]
     assert "The first 10" in page.text_of["data"]
+
+
+def test_what_was_left_out_or_doubted_leads_to_the_page_of_validation(page):
+    text = re.sub("[ \n]+", " ", page.text_of["data"])
+    assert "5 lines stay with a warning: rare_character 3, unusual_width 4." in text
+    assert "validation/summary.html" in [link["href"] for link in page.all("a")]
 
 
 def test_every_shown_line_has_its_image_dark_on_white(page, inputs):

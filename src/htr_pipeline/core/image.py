@@ -93,6 +93,63 @@ def _to_grey(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L"))
 
 
+def perceptual_hash(grey: np.ndarray) -> int:
+    """128 bits that stay nearly the same when an image is scaled, compressed again or made lighter.
+
+    The image is shrunk to 4 rows of 33 cells; a bit says whether a cell is clearly lighter than the one before it. Wide
+    cells would make all lines alike; without "clearly" the grain of empty paper would decide.
+
+    Args:
+        grey: (height, width) uint8 image.
+
+    Returns:
+        0 to 2**128 - 1; 0 for an image without contrast.
+
+    Source: the difference hash of the library imagehash (dhash), with cells for lines instead of pictures.
+    """
+    cells = cv2.resize(grey, (33, 4), interpolation=cv2.INTER_AREA).astype(np.float32)
+    step = 0.02 * (float(cells.max()) - float(cells.min()))
+    bits = cells[:, 1:] - cells[:, :-1] > max(step, 0.5)
+    return int.from_bytes(np.packbits(bits).tobytes())
+
+
+def find_near_duplicates(hashes: np.ndarray, max_distance: int) -> np.ndarray:
+    """For each perceptual hash, the position of the first earlier one found that differs in few bits.
+
+    Hashes are sorted eight times, rotated by 16 bits more each time, and compared with their next neighbours: two that
+    differ in at most seven bits agree in 16 bits that come first once. Time grows as the sorting does, not as the
+    number of pairs. A pair can be missed only among many hashes that agree in those 16 bits.
+
+    Args:
+        hashes: (n, 2) uint64, upper and lower half.
+        max_distance: bits that may differ, at most 128.
+
+    Returns:
+        (n,) int64, -1 where there is none. Hashes of 0 (no contrast) resemble nothing.
+
+    Source: Manku, Jain and Das Sarma, Detecting near-duplicates for web crawling, WWW 2007, section 3.
+    """
+    num_neighbours = 16
+    nearest = np.full(len(hashes), -1, np.int64)
+    positions = np.flatnonzero(hashes.any(axis=1))
+    upper, lower = hashes[positions, 0], hashes[positions, 1]
+    for rotation in range(0, 128, 16):
+        if rotation == 64:
+            upper, lower = lower, upper
+        bits = np.uint64(rotation % 64)
+        key = (upper << bits) | (lower >> (np.uint64(64) - bits)) if bits else upper
+        order = np.argsort(key, kind="stable")
+        places, high_bits, low_bits = positions[order], upper[order], lower[order]
+        for step in range(1, min(num_neighbours, len(order) - 1) + 1):
+            distance = np.bitwise_count(high_bits[:-step] ^ high_bits[step:])
+            distance += np.bitwise_count(low_bits[:-step] ^ low_bits[step:])
+            close = np.flatnonzero(distance <= max_distance)
+            one, other = places[close], places[close + step]
+            # As uint64, -1 is the largest number.
+            np.minimum.at(nearest.view(np.uint64), np.maximum(one, other), np.minimum(one, other).view(np.uint64))
+    return nearest
+
+
 def scaled_width(width_pixels: int, height_pixels: int, config: ImageConfig) -> int:
     """Width of a line after scaling to the configured height with its aspect kept."""
     width = round(width_pixels * config.height_pixels / height_pixels)

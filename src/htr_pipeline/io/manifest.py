@@ -43,19 +43,19 @@ MANIFEST = _schema(
         _required("height_pixels", pa.int32()),
         _required("content_hash", pa.string()),
         pa.field("group", pa.string()),  # anything to break results down by: font, hand, collection
+        pa.field("image_hash", pa.string()),  # core.image.perceptual_hash, 32 hexadecimal digits
     ],
 )
 
-REJECTED_LINES = _schema(
-    "rejected_lines",
-    [
-        _required("line_id", pa.string()),
-        pa.field("file", pa.string()),
-        _required("stage", pa.string()),
-        _required("reason", pa.string()),  # a code
-        _required("detail", pa.string()),  # a sentence
-    ],
-)
+_FINDINGS = [
+    _required("line_id", pa.string()),
+    pa.field("file", pa.string()),
+    _required("stage", pa.string()),
+    _required("reason", pa.string()),  # a code
+    _required("detail", pa.string()),  # a sentence
+]
+REJECTED_LINES = _schema("rejected_lines", _FINDINGS)  # a line once
+WARNED_LINES = _schema("warned_lines", _FINDINGS)  # lines that stay, once for each reason
 
 FEATURES = _schema(
     "features",

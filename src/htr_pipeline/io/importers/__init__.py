@@ -24,8 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError, config, setting
-from htr_pipeline.core.cutting import line_size
-from htr_pipeline.core.image import read_image
+from htr_pipeline.core.cutting import cut_line
+from htr_pipeline.core.image import perceptual_hash, read_image
 from htr_pipeline.core.text import normalise_text
 from htr_pipeline.io.importers.alto import ALTO, read_alto
 from htr_pipeline.io.importers.iam import is_iam, read_iam
@@ -161,7 +161,7 @@ def import_lines(
 
     resolved_root, name = root.resolve(), source_root(path).resolve().name
     # Remembered, also where it fails: ten thousand lines must not have the same bad page decoded ten thousand times.
-    measure = lru_cache(maxsize=1024)(_measure_image)
+    measure = lru_cache(maxsize=_MAX_THREADS)(_measure_image)
 
     def finish(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [_finish(row, root, resolved_root, config, measure) for row in part]
@@ -265,12 +265,12 @@ def _parts(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield part
 
 
-def _measure_image(image: Path) -> tuple[str, int, int] | str:
-    """Hash, height and width of an image that can be decoded, or else what is wrong with it."""
+def _measure_image(image: Path) -> tuple[str, np.ndarray] | str:
+    """Hash of an image's file and the grey image, or else what is wrong with it."""
     try:
         with image.open("rb") as stream:
             content_hash = hashlib.file_digest(stream, "sha256").hexdigest()
-        return content_hash, *read_image(image).shape
+        return content_hash, read_image(image)
     except (UserError, OSError) as exc:
         return str(exc).removeprefix(f"{image}: ")
 
@@ -280,7 +280,7 @@ def _finish(
     root: Path,
     resolved_root: Path,
     config: SourceConfig,
-    measure: Callable[[Path], tuple[str, int, int] | str],
+    measure: Callable[[Path], tuple[str, np.ndarray] | str],
 ) -> dict[str, Any]:
     """The row as a record of the manifest, or with the reason why it cannot be one."""
     printable = {key: _printable(value) for key, value in row.items()}
@@ -307,12 +307,12 @@ def _finish(
     measured = measure(image)
     if isinstance(measured, str):
         return row | _reject("unreadable_image", f"{row['image_path']}: {measured}")
-    content_hash, height, width = measured
+    content_hash, grey = measured
     polygon = baseline = None
     if "page_size" in row:
         try:
-            polygon, baseline = _on_image(row, width, height)
-            height, width = line_size(polygon, baseline)
+            polygon, baseline = _on_image(row, *reversed(grey.shape))
+            grey = cut_line(grey, polygon, baseline)
         except UserError as exc:
             return row | _reject("bad_geometry", f"{row['line_id']}: {exc}")
         geometry = json.dumps([content_hash, polygon, baseline])
@@ -338,9 +338,10 @@ def _finish(
         "image_path": row["image_path"],
         "polygon": polygon,
         "baseline": baseline,
-        "width_pixels": width,
-        "height_pixels": height,
+        "width_pixels": grey.shape[1],
+        "height_pixels": grey.shape[0],
         "content_hash": content_hash,
+        "image_hash": f"{perceptual_hash(grey):032x}",
         "group": row.get("group") or None,
     }
 

@@ -1,34 +1,42 @@
-"""Nodes of data_validation: source to imported_lines, to validated_lines and rejected_lines, to the manifest."""
+"""Nodes of data_validation: source to imported_lines, to validated, rejected and warned lines, to the manifest."""
 
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.core.splits import assign_splits
+from htr_pipeline.io.atomic import replacing
 from htr_pipeline.io.importers import SourceConfig, SourcesConfig, import_lines, source_root
 from htr_pipeline.io.importers.demo import DemoConfig
-from htr_pipeline.io.manifest import MANIFEST, NO_FAULTS, REJECTED_LINES, SPLITS, to_table
+from htr_pipeline.io.manifest import MANIFEST, NO_FAULTS, REJECTED_LINES, SPLITS, WARNED_LINES, to_table
 from htr_pipeline.pipelines.data_validation.expectations import (
+    LINE_LEVELS,
+    SET_LEVELS,
     Check,
     Outcome,
     ValidationConfig,
-    Validator,
-    check_frame,
     line_checks,
-    render_summary,
-    replaced_folder,
+    run_checks,
     set_checks,
 )
+from htr_pipeline.pipelines.data_validation.facts import collect_facts
+from htr_pipeline.pipelines.data_validation.page import render_page
 
 logger = logging.getLogger(__name__)
+
+PAGE = "summary.html"
+_LEVELS = ("reject", "warn", "stop")
+# As mappings, a million lines would take gigabytes.
+_ROWS_AT_A_TIME = 10_000
 
 
 def import_sources(
@@ -64,7 +72,7 @@ def import_sources(
         rejected += [row | {key: prefix + row[key] for key in ("line_id", "file")} for row in rejections]
         warnings += [label + note for note in notes]
     metadata = {"image_roots": json.dumps(roots), "id_prefixes": json.dumps(prefixes)}
-    return to_table(lines, MANIFEST, metadata), _rejected_table(rejected), warnings
+    return to_table(lines, MANIFEST, metadata), to_table(rejected, REJECTED_LINES), warnings
 
 
 def validate_lines(
@@ -73,43 +81,65 @@ def validate_lines(
     import_warnings: list[str],
     validation: ValidationConfig,
     features: ImageConfig,
-) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
-    """imported_lines to validated_lines, rejected_lines and validation_summary; Data Docs go to docs_path."""
-    frame = check_frame(imported_lines, validation, features)
-    with replaced_folder(Path(validation.docs_path)) as docs:
-        validator = Validator(docs)
-        line_outcomes = validator.run("lines", frame, line_checks(validation))
-        rejected_by = {line_id: outcome.check for outcome in reversed(line_outcomes) for line_id in outcome.failed_ids}
-        is_rejected = frame["line_id"].isin(rejected_by)
-        validated = imported_lines.filter(pa.array(~is_rejected))
-        kept = check_frame(validated, validation, features)
-        set_outcomes = validator.run("set", kept, set_checks())
-        validator.build_docs()
+) -> tuple[pa.Table, pa.Table, pa.Table, dict[str, Any]]:
+    """imported_lines to validated_lines, rejected_lines, warned_lines and validation_summary; a page to docs_path."""
+    checks = {level: [c for c in line_checks(validation) if validation.level(c.reason) == level] for level in _LEVELS}
+    about_set = [check for check in set_checks() if validation.level(check.reason) != "off"]
 
-        rejected = pa.concat_tables([import_rejections, _rejected_by_checks(frame[is_rejected], rejected_by)])
-        rejected = rejected.sort_by([("line_id", "ascending"), ("file", "ascending"), ("reason", "ascending")])
-        num_faults = sum(reason not in NO_FAULTS for reason in rejected["reason"].to_pylist())
-        outside = _characters_outside_train(kept)
-        warnings = [*import_warnings, *_warn_of_characters(outside), *_warn_of_repeated_images(kept)]
-        summary = {
-            "num_lines": _per_split(kept, lambda part: len(part)),
-            "num_writers": _per_split(kept, lambda part: part["writer_id"].nunique()),
-            "num_characters": _per_split(kept, lambda part: int(part["text"].str.len().sum())),
-            "num_rejected": rejected.num_rows,
-            "rejected_share": num_faults / max(num_faults + validated.num_rows, 1),
-            "max_rejected_share": validation.max_rejected_share,
-            "reasons": dict(sorted(Counter(rejected["reason"].to_pylist()).items())),
-            "expectations": [
-                *(_describe(outcome, "line", len(frame)) for outcome in line_outcomes),
-                *(_describe(outcome, "set", len(kept)) for outcome in set_outcomes),
-            ],
-            "failures": [outcome.check.explain(kept) for outcome in set_outcomes if not outcome.success],
-            "warnings": warnings,
-            "characters_outside_train": outside,
-        }
-        page = render_summary(summary | {"rejected": rejected.slice(0, 200).to_pylist()})
-        (docs / "summary.html").write_text(page, encoding="utf-8")
-    return validated, rejected, summary
+    facts = collect_facts(imported_lines, validation, features)
+    rejecting = run_checks(facts, checks["reject"])
+    rejected_by = np.full(len(facts), -1)
+    for index, outcome in reversed(list(enumerate(rejecting))):
+        rejected_by[outcome.failed_rows] = index
+    is_rejected = rejected_by >= 0
+    by_check = [(outcome.check, np.flatnonzero(rejected_by == index)) for index, outcome in enumerate(rejecting)]
+    rejected = _sort(pa.concat_tables([import_rejections, *_list_lines(facts, by_check, REJECTED_LINES)]))
+    validated = imported_lines.filter(pa.array(~is_rejected))
+
+    # Again for the lines that are left: what is rare or stands twice among them does not depend on those that are not.
+    if is_rejected.any():
+        del facts  # the memory of a million lines
+        facts = collect_facts(validated, validation, features)
+    outcomes = run_checks(facts, [*checks["warn"], *checks["stop"], *about_set])
+    warning = [outcome for outcome in outcomes if outcome.check.reason in LINE_LEVELS]
+    of_set = [outcome for outcome in outcomes if outcome.check.reason in SET_LEVELS]
+    doubted = [(outcome.check, outcome.failed_rows) for outcome in warning]
+    warned = _sort(pa.concat_tables([WARNED_LINES.empty_table(), *_list_lines(facts, doubted, WARNED_LINES)]))
+
+    num_faults = sum(reason not in NO_FAULTS for reason in rejected["reason"].to_pylist())
+    summary = {
+        "num_lines": _per_split(facts, len),
+        "num_writers": _per_split(facts, lambda part: part["writer_id"].nunique()),
+        "num_characters": _per_split(facts, lambda part: part["text"].str.len().sum()),
+        "num_rejected": rejected.num_rows,
+        "num_warned": len(np.unique(np.concatenate([np.empty(0, np.int64), *(rows for _, rows in doubted)]))),
+        "rejected_share": num_faults / max(num_faults + validated.num_rows, 1),
+        "max_rejected_share": validation.max_rejected_share,
+        "reasons": _count_reasons(rejected),
+        "warned_reasons": _count_reasons(warned),
+        "expectations": [
+            *(_describe(outcome, validation, len(imported_lines)) for outcome in rejecting),
+            *(_describe(outcome, validation, len(facts)) for outcome in (*warning, *of_set)),
+        ],
+        "checks_off": [reason for reason in LINE_LEVELS | SET_LEVELS if validation.level(reason) == "off"],
+        "failures": [
+            *(_stop_for(outcome, facts) for outcome in warning if _stops(outcome, validation)),
+            *(outcome.check.explain(facts) for outcome in of_set if _stops(outcome, validation)),
+        ],
+        "warnings": [
+            *import_warnings,
+            *(
+                outcome.check.explain(facts)
+                for outcome in of_set
+                if not outcome.success and not _stops(outcome, validation)
+            ),
+        ],
+    }
+    findings = pa.concat_tables([rejected, warned.replace_schema_metadata(rejected.schema.metadata)])
+    page = render_page(summary, facts, imported_lines, findings, validation.shown_per_reason)
+    with replacing(Path(validation.docs_path) / PAGE) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return validated, rejected, warned, summary
 
 
 def check_manifest(
@@ -118,8 +148,8 @@ def check_manifest(
     validation_summary: dict[str, Any],
     validation: ValidationConfig,
 ) -> pa.Table:
-    """validated_lines to manifest, unless too many lines were rejected or the set as a whole is not sound."""
-    page = Path(validation.docs_path) / "summary.html"
+    """validated_lines to manifest, unless too many lines were rejected or a check failed that stops the run."""
+    page = Path(validation.docs_path) / PAGE
     for warning in validation_summary["warnings"]:
         logger.warning("%s", warning)
     logger.info("%s\nMore in %s", _reason_table(validation_summary), page)
@@ -143,64 +173,63 @@ def check_manifest(
     return validated_lines
 
 
-def _rejected_by_checks(frame: pd.DataFrame, rejected_by: Mapping[str, Check]) -> pa.Table:
-    return _rejected_table(
-        {
-            "line_id": line["line_id"],
-            "file": line["image_path"],
-            "stage": "validation",
-            "reason": rejected_by[line["line_id"]].reason,
-            "detail": rejected_by[line["line_id"]].explain(line),
-        }
-        for line in frame.to_dict("records")
+def _list_lines(
+    facts: pd.DataFrame, found: Iterable[tuple[Check, np.ndarray]], schema: pa.Schema
+) -> Iterable[pa.Table]:
+    """A table for each check and some of the rows that failed it, with a sentence a line."""
+    for check, rows in found:
+        for start in range(0, len(rows), _ROWS_AT_A_TIME):
+            lines = facts.iloc[rows[start : start + _ROWS_AT_A_TIME]].to_dict("records")
+            yield to_table(
+                (
+                    {
+                        "line_id": line["line_id"],
+                        "file": line["image_path"],
+                        "stage": "validation",
+                        "reason": check.reason,
+                        "detail": check.explain(line),
+                    }
+                    for line in lines
+                ),
+                schema,
+            )
+
+
+def _sort(findings: pa.Table) -> pa.Table:
+    return findings.sort_by([(name, "ascending") for name in ("line_id", "file", "reason", "detail")]).combine_chunks()
+
+
+def _stops(outcome: Outcome, validation: ValidationConfig) -> bool:
+    return not outcome.success and validation.level(outcome.check.reason) == "stop"
+
+
+def _stop_for(outcome: Outcome, facts: pd.DataFrame) -> str:
+    """A sentence for a check of the lines that stops the run."""
+    first = facts.iloc[outcome.failed_rows[:5]].to_dict("records")
+    return (
+        f"{len(outcome.failed_rows)} lines fail {outcome.check.reason!r}, expected: {outcome.check.claim}. They are in "
+        f"the table warned_lines; the run stops because validation.levels.{outcome.check.reason} = stop. "
+        "The first of them:\n" + "\n".join(f"  {outcome.check.explain(line)}" for line in first)
     )
 
 
-def _per_split(frame: pd.DataFrame, count: Any) -> dict[str, int]:
-    return {split: int(count(frame[frame["split"] == split])) for split in SPLITS}
+def _per_split(facts: pd.DataFrame, count: Any) -> dict[str, int]:
+    return {split: int(count(facts[facts["split"] == split])) for split in SPLITS}
 
 
-def _describe(outcome: Outcome, level: str, num_checked: int) -> dict[str, Any]:
+def _count_reasons(findings: pa.Table) -> dict[str, int]:
+    return dict(sorted(Counter(findings["reason"].to_pylist()).items()))
+
+
+def _describe(outcome: Outcome, validation: ValidationConfig, num_checked: int) -> dict[str, Any]:
     return {
         "reason": outcome.check.reason,
         "claim": outcome.check.claim,
-        "level": level,
+        "level": validation.level(outcome.check.reason),
         "num_checked": num_checked,
-        "num_failed": len(outcome.failed_ids),
+        "num_failed": len(outcome.failed_rows),
         "success": outcome.success,
     }
-
-
-def _characters_outside_train(frame: pd.DataFrame) -> dict[str, int]:
-    """Characters of validation and test that training lacks, with the number of their lines."""
-    in_train = set().union(*frame.loc[frame["split"] == "train", "text"])
-    others = Counter(character for text in frame.loc[frame["split"] != "train", "text"] for character in set(text))
-    return {character: num for character, num in sorted(others.items()) if character not in in_train}
-
-
-def _warn_of_characters(outside: Mapping[str, int]) -> list[str]:
-    if not outside:
-        return []
-    words = ", ".join(f"{character!r} (in {num})" for character, num in outside.items())
-    return [
-        f"Characters of validation or test lines that no training line has, so that they cannot be learnt: {words}. "
-        "The lines are kept, since dropping them would make the test easier; add training lines with them."
-    ]
-
-
-def _warn_of_repeated_images(frame: pd.DataFrame) -> list[str]:
-    repeated = frame[frame.duplicated("content_hash", keep=False)]
-    if repeated.empty:
-        return []
-    images = repeated.groupby("content_hash")["split"].nunique()
-    return [
-        f"{len(images)} images occur more than once with the same text, {int((images > 1).sum())} of them in more than "
-        f"one split, for instance {' and '.join(repeated['image_path'].iloc[:2])}. Remove the copies."
-    ]
-
-
-def _rejected_table(rows: Any) -> pa.Table:
-    return to_table(rows, REJECTED_LINES)
 
 
 def _reason_table(summary: Mapping[str, Any]) -> str:
@@ -211,5 +240,7 @@ def _reason_table(summary: Mapping[str, Any]) -> str:
         ),
         ("rejected", summary["num_rejected"]),
         *((f"  {reason}", num) for reason, num in summary["reasons"].items()),
+        ("lines with a warning", summary["num_warned"]),
+        *((f"  {reason}", num) for reason, num in summary["warned_reasons"].items()),
     ]
     return "Validation of the lines:\n" + "\n".join(f"  {name:<28}{value}" for name, value in rows)

@@ -24,7 +24,7 @@ def create_pipeline(**_: object) -> Pipeline:
                     "params:validation",
                     "params:features",
                 ],
-                outputs=["validated_lines", "rejected_lines", "validation_summary"],
+                outputs=["validated_lines", "rejected_lines", "warned_lines", "validation_summary"],
                 name="validate_lines",
             ),
             # A node of its own: what a node returns is saved only if it does not raise, and the rejected lines must be
