@@ -1,14 +1,16 @@
 """Line images: read safely, normalised to one height with ink high and paper at zero."""
 
 import io
+import json
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from htr_pipeline.core.config import UserError, config, setting
@@ -18,6 +20,10 @@ from htr_pipeline.core.config import UserError, config, setting
 DOWNSAMPLING = 4
 MAX_IMAGE_PIXELS = 100_000_000
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
+# Raised when the same image and the same settings give other pixels than before.
+_NORMALISATION_VERSION = 2
+_SAUVOLA_WEIGHT = 0.2  # of the local contrast in the threshold
+_SAUVOLA_RANGE = 0.5  # largest standard deviation of brightness from 0 to 1
 # read_image has a limit of its own, with an error instead of a warning.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -31,9 +37,11 @@ class ImageConfig:
     even_paper: bool = setting(default=True)  # divide the paper's shading out
     find_polarity: bool = setting(default=True)  # turn light ink on dark paper round
     stretch_contrast: bool = setting(default=True)  # darkest ink of every line at full scale
-    deslant: bool = setting(default=False)
-    shard_lines: int = setting(default=512, minimum=1)
+    deslant: bool = setting(default=False)  # shear leaning strokes upright
+    binarise: bool = setting(default=False)  # ink or paper, nothing between
+    shard_lines: int = setting(default=512, minimum=1, maximum=65536)
     num_workers: int | None = setting(default=None, minimum=1)  # null: all cores
+    dask_address: str | None = setting(default=None)  # of a Dask scheduler; null: processes of this machine
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,19 @@ def num_frames(width_pixels: Any) -> Any:
     return -(-width_pixels // DOWNSAMPLING)
 
 
+def signature(config: ImageConfig) -> str:
+    """What the pixels of a line depend on beside its image, as JSON: settings, and the libraries that compute them."""
+    settings = asdict(config)
+    for name in ("shard_lines", "num_workers", "dask_address"):  # how lines are stored and by whom they are made
+        del settings[name]
+    versions = {"normalisation": _NORMALISATION_VERSION, "opencv": cv2.__version__, "pillow": PIL.__version__}
+    return json.dumps(settings | versions, sort_keys=True)
+
+
 def normalise_line(grey: np.ndarray, config: ImageConfig) -> NormalisedLine:
     """Evens the paper out, makes ink high and scales to the configured height, aspect kept.
+
+    Deslanting adds what the strokes need to the width; every other step leaves it at `scaled_width`.
 
     Args:
         grey: (height, width) uint8 image of one line.
@@ -123,20 +142,32 @@ def normalise_line(grey: np.ndarray, config: ImageConfig) -> NormalisedLine:
     width, height = scaled_width(grey.shape[1], grey.shape[0], config), config.height_pixels
     smaller = height < grey.shape[0]
     ink = cv2.resize(ink, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
-    low, high = (float(value) for value in np.percentile(ink, (1, 99)))
+    low, high = (value / 255.0 for value in _percentiles(np.rint(ink * 255.0).astype(np.uint8), 1, 99))
     if config.stretch_contrast:
         # At most fourfold: an empty line must not become a page of amplified grain.
         ink = np.clip((ink - low) / max(high - low, 0.25), 0.0, 1.0)
     slant = slant_degrees(ink)
-    if config.deslant:
-        ink = _shear(ink, -slant)
+    if config.deslant and slant:
+        # Room for the strokes of both ends, which lean over the edge of the image.
+        reach = math.ceil(height / 2.0 * abs(math.tan(math.radians(slant))))
+        ink = _shear(cv2.copyMakeBorder(ink, 0, 0, reach, reach, cv2.BORDER_CONSTANT), -slant)
+        if ink.shape[1] > config.max_width_pixels:
+            ink = cv2.resize(ink, (config.max_width_pixels, height), interpolation=cv2.INTER_AREA)
+    if config.binarise:
+        ink = _binarise(ink)
     pixels = np.ascontiguousarray(np.rint(ink * 255.0).astype(np.uint8).T)
     return NormalisedLine(pixels, float(np.mean(pixels > 127)), high - low, slant)
 
 
 def _is_light_on_dark(grey: np.ndarray) -> bool:
-    low, middle, high = np.percentile(grey, (1, 50, 99))
-    return bool(middle - low < high - middle)
+    low, middle, high = _percentiles(grey, 1, 50, 99)
+    return middle - low < high - middle
+
+
+def _percentiles(values: np.ndarray, *shares: int) -> list[int]:
+    """Percentiles of uint8 values, from their histogram: several times as fast as sorting."""
+    counts = np.cumsum(cv2.calcHist([values], [0], None, [256], [0, 256]).ravel(), dtype=np.float64)
+    return [int(np.searchsorted(counts, share / 100.0 * counts[-1])) for share in shares]
 
 
 def _paper(grey: np.ndarray) -> np.ndarray:
@@ -147,6 +178,20 @@ def _paper(grey: np.ndarray) -> np.ndarray:
     small = cv2.dilate(cv2.medianBlur(small, 3), np.ones((reach, reach), np.uint8))
     small = cv2.GaussianBlur(small, (0, 0), sigmaX=reach)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.float32)
+
+
+def _binarise(ink: np.ndarray) -> np.ndarray:
+    """(height, width) float32, 1 where a pixel is darker than its surroundings by Sauvola's threshold, else 0.
+
+    Source: Sauvola and Pietikäinen, Adaptive document image binarization, Pattern Recognition 33 (2000), equation 5.
+    """
+    brightness = 1.0 - ink
+    side = ink.shape[0] // 2 | 1
+    mean = cv2.boxFilter(brightness, cv2.CV_32F, (side, side))
+    variance = cv2.sqrBoxFilter(brightness, cv2.CV_32F, (side, side)) - mean**2
+    deviation = np.sqrt(np.maximum(variance, 0.0))
+    threshold = mean * (1.0 + _SAUVOLA_WEIGHT * (deviation / _SAUVOLA_RANGE - 1.0))
+    return (brightness < threshold).astype(np.float32)
 
 
 def slant_degrees(ink: np.ndarray) -> float:

@@ -58,6 +58,7 @@ FEATURES = _schema(
         _required("writer_id", pa.string()),
         pa.field("group", pa.string()),
         _required("text", pa.string()),
+        _required("content_hash", pa.string()),  # of the image, or of the page and the line's place on it
         _required("pixels", pa.binary()),  # uint8, one column of height_pixels after the other, ink high
         _required("width_pixels", pa.int32()),
         _required("height_pixels", pa.int32()),
