@@ -1,6 +1,6 @@
 """Normalised line images in Parquet shards: made in parallel, checked, read as a stream."""
 
-import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -170,33 +170,32 @@ class _Output:
 class FeatureShards:
     """The line images of one folder of shards.
 
-    Opening it compares the shards' names with the list of checksums. Every read checks the checksums that Parquet
-    keeps of each page of a column, which costs next to nothing; those of whole files are left to the extraction.
+    A shard's checksum is verified when a process opens it for the first time, and again only once it was written to:
+    a second or so for every gigabyte, against hours of training, and nothing from the second epoch on.
 
     Args:
         folder: holds split=*/shard-*.parquet and _SHA256SUMS.
 
     Raises:
-        UserError: the folder is not whole; by every method: a shard is damaged.
+        UserError: by the constructor and every method: the folder is not whole, or a shard is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._names = sorted(_read_checksums(folder))
         if not (folder / CHECKSUMS).exists():
             raise UserError(f"{folder}: there is no {CHECKSUMS}, so that nothing says what it should hold. {_REMEDY}")
-        for name in self._names:
-            if not (folder / name).exists():
-                raise UserError(f"{folder / name}: the shard is missing. {_REMEDY}")
+        self._folder = folder
+        self._checksums = _read_checksums(folder)
 
     def figures(self) -> pa.Table:
         """All columns but the pixels, of all lines, in the order of the shards."""
-        tables = [_read_columns(path, _FIGURES) for split in SPLITS for path in self._paths(split)]
+        # The split is a column of the files; from the folders' names it would come a second time.
+        paths = [path for split in SPLITS for path in self._paths(split)]
+        tables = [pq.read_table(path, columns=_FIGURES, partitioning=None) for path in paths]
         return pa.concat_tables(tables) if tables else FEATURES.empty_table().select(_FIGURES)
 
     def num_bytes(self) -> int:
         """Size of all shards."""
-        return sum((self._folder / name).stat().st_size for name in self._names)
+        return sum(path.stat().st_size for split in SPLITS for path in self._paths(split))
 
     def data_hash(self, splits: tuple[str, ...] = SPLITS) -> str:
         """Hash of everything that went into the shards of these splits: texts, images and settings."""
@@ -224,18 +223,27 @@ class FeatureShards:
         found: dict[str, dict[str, Any]] = {}
         for split in SPLITS:
             for path in self._paths(split):
-                if pc.any(pc.is_in(_read_columns(path, ["line_id"])["line_id"], wanted)).as_py():
-                    table = _read_columns(path, FEATURES.names).filter(pc.field("line_id").isin(wanted))
+                ids = pq.read_table(path, columns=["line_id"], partitioning=None)["line_id"]
+                if pc.any(pc.is_in(ids, wanted)).as_py():
+                    table = pq.read_table(path, filters=pc.field("line_id").isin(wanted), partitioning=None)
                     found |= {row["line_id"]: row for row in table.to_pylist()}
         return found
 
     def _paths(self, split: str) -> list[Path]:
-        return [self._folder / name for name in self._names if name.startswith(f"split={split}/")]
+        """Sound shards of a split."""
+        names = sorted(name for name in self._checksums if name.startswith(f"split={split}/"))
+        for name in names:
+            if damage := _damage(self._folder / name, self._checksums[name]):
+                raise UserError(f"{self._folder / name}: {damage}. {_REMEDY}")
+        return [self._folder / name for name in names]
 
     def _rows(self, split: str, columns: list[str], rng: np.random.Generator | None) -> Iterator[dict[str, Any]]:
-        groups = [(path, index) for path in self._paths(split) for index in range(_num_row_groups(path))]
+        paths = self._paths(split)
+        groups = [(path, index) for path in paths for index in range(pq.read_metadata(path).num_row_groups)]
         for position in rng.permutation(len(groups)) if rng else range(len(groups)):
-            yield from _read_row_group(*groups[position], columns).to_pylist()
+            path, index = groups[position]
+            with pq.ParquetFile(path) as file:
+                yield from file.read_row_group(index, columns=columns).to_pylist()
 
 
 @dataclass(frozen=True)
@@ -283,7 +291,6 @@ def _make_shard(job: _Job) -> tuple[bytes, int]:
         compression="zstd",
         use_dictionary=["split", "writer_id", "group"],  # type: ignore[arg-type]  # the stubs know only bool
         write_statistics=_FIGURES,  # those of pixels say nothing
-        write_page_checksum=True,
     ) as writer:
         for start in range(0, len(job.rows), _ROW_GROUP_LINES):
             rows_of_group = job.rows[start : start + _ROW_GROUP_LINES]
@@ -295,10 +302,11 @@ def _make_shard(job: _Job) -> tuple[bytes, int]:
 def _copy_known(known: dict[str, tuple[Path, int]]) -> dict[str, dict[str, Any]]:
     """Columns _COMPUTED by content hash, read from the shards that have them, one row group at a time."""
     copied = {}
-    for place in sorted(set(known.values())):
-        for row in _read_row_group(*place, _COMPUTED).to_pylist():
-            if known.get(row["content_hash"]) == place:
-                copied[row["content_hash"]] = row
+    for path, group in sorted(set(known.values())):
+        with pq.ParquetFile(path) as file:
+            for row in file.read_row_group(group, columns=_COMPUTED).to_pylist():
+                if known.get(row["content_hash"]) == (path, group):
+                    copied[row["content_hash"]] = row
     return copied
 
 
@@ -335,7 +343,7 @@ def _compute(rows: list[dict[str, Any]], roots: dict[str, Path], config: ImageCo
 def _image_roots(manifest: pa.Table) -> dict[str, Path]:
     """Folder of the images of each source, in a form that holds on other machines with the same folders."""
     root = Path(manifest.schema.metadata[b"image_root"].decode()).resolve()
-    return {source: root for source in set(manifest["source"].to_pylist())}
+    return {str(source): root for source in pc.unique(manifest["source"])}
 
 
 def _describe(manifest: pa.Table) -> list[dict[str, Any]]:
@@ -358,12 +366,12 @@ def _places_of_lines(paths: Iterable[Path], config: ImageConfig) -> dict[str, tu
     """Shard and row group of each content hash, among the shards that were normalised with the same settings."""
     places: dict[str, tuple[Path, int]] = {}
     for path in paths:
-        with _open(path) as file:
+        with pq.ParquetFile(path) as file:
             if file.schema_arrow.metadata[b"normalisation"] != signature(config).encode():
                 continue
             for group in range(file.num_row_groups):
-                hashes = file.read_row_group(group, columns=["content_hash"])["content_hash"].to_pylist()
-                places |= dict.fromkeys(hashes, (path.resolve(), group))
+                for content_hash in file.read_row_group(group, columns=["content_hash"])["content_hash"]:
+                    places[str(content_hash)] = path.resolve(), group
     return places
 
 
@@ -371,16 +379,22 @@ def _sound_shards(folder: Path) -> dict[str, str]:
     """Checksums, by name, of the shards whose content still has them; the others are named in the log."""
     sound = {}
     for name, checksum in _read_checksums(folder).items():
-        try:
-            with (folder / name).open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as exc:
-            found = f"none, it cannot be read: {exc.strerror}"
-        if found == checksum:
-            sound[name] = checksum
+        if damage := _damage(folder / name, checksum):
+            logger.warning("%s: %s. It is made again.", folder / name, damage)
         else:
-            logger.warning("%s: the shard is damaged (SHA-256 %s) and will be made anew.", folder / name, found)
+            sound[name] = checksum
     return sound
+
+
+def _damage(path: Path, checksum: str) -> str | None:
+    """Words for what is wrong with a shard."""
+    try:
+        found = _checksum(path)
+    except FileNotFoundError:
+        return "the shard is missing"
+    except OSError as exc:
+        return f"the shard cannot be read ({exc.strerror})"
+    return None if found == checksum else f"the shard is damaged (SHA-256 {found[:12]}…, it was {checksum[:12]}…)"
 
 
 def _read_checksums(folder: Path) -> dict[str, str]:
@@ -397,34 +411,20 @@ def _write_checksums(folder: Path, checksums: dict[str, str]) -> None:
         partial.write_text("".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums)), encoding="utf-8")
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[pq.ParquetFile]:
-    """The Parquet file, its pages' checksums verified as they are read; whatever is wrong with it names it."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            yield file
-    except (OSError, pa.ArrowException, KeyError, UnicodeDecodeError) as exc:
-        raise UserError(f"{path}: the shard is damaged ({str(exc).strip() or type(exc).__name__}). {_REMEDY}") from exc
+def _checksum(path: Path) -> str:
+    """SHA-256 of a file; computed once for as long as it is not written to."""
+    stat = path.stat()
+    return _sha256(path.resolve(), stat.st_mtime_ns, stat.st_size)
 
 
-def _read_row_group(path: Path, group: int, columns: list[str]) -> pa.Table:
-    with _open(path) as file:
-        return file.read_row_group(group, columns=columns)
-
-
-def _read_columns(path: Path, columns: list[str]) -> pa.Table:
-    with _open(path) as file:
-        return file.read(columns=columns)
-
-
-def _num_row_groups(path: Path) -> int:
-    with _open(path) as file:
-        return file.num_row_groups
+@functools.lru_cache(maxsize=65536)
+def _sha256(path: Path, mtime_ns: int, size: int) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_key(path: Path) -> str:
-    with _open(path) as file:
-        return file.schema_arrow.metadata[b"shard_key"].decode()
+    return pq.read_schema(path).metadata[b"shard_key"].decode()
 
 
 def _pixels(row: dict[str, Any]) -> np.ndarray:
