@@ -271,7 +271,7 @@ def page_manifest(root):
                     "format": "page",
                     "width_pixels": 360,
                     "height_pixels": 60,
-                    "content_hash": f"{page:064x}",  # of the page
+                    "content_hash": f"{len(rows):064x}",
                 }
             )
         image.save(root / f"page {page}.png")
@@ -296,7 +296,7 @@ def test_line_whose_polygon_was_changed_is_the_only_one_of_its_page_to_be_comput
     manifest = page_manifest(tmp_path)
     save(tmp_path / "features", manifest)
     rows = manifest.to_pylist()
-    rows[1]["polygon"] = [[20, 110], [300, 110], [300, 170], [20, 170]]
+    rows[1] |= {"polygon": [[20, 110], [300, 110], [300, 170], [20, 170]], "content_hash": "f" * 64}
     changed = to_table(rows, MANIFEST, manifest.schema.metadata)
     save(tmp_path / "features", changed)
     assert computed_and_taken_over(caplog) == (1, 5)

@@ -165,8 +165,8 @@ def _plan(outline: np.ndarray, baseline: Points | None) -> _Grid:
     position = np.linspace(0.0, len(knots) - 1.0, len(centre))
     tangent = _unit(np.stack([np.interp(position, np.arange(len(knots)), axis) for axis in directions.T], axis=1))
     along, across = _line_coordinates(outline, centre, tangent, body)
-    start, stop = int(np.floor(along.min())) - _MARGIN_PIXELS, int(np.ceil(along.max())) + _MARGIN_PIXELS
-    top, bottom = int(np.floor(across.min())) - _MARGIN_PIXELS, int(np.ceil(across.max())) + _MARGIN_PIXELS
+    start, stop = round(along.min()) - _MARGIN_PIXELS, round(along.max()) + _MARGIN_PIXELS
+    top, bottom = round(across.min()) - _MARGIN_PIXELS, round(across.max()) + _MARGIN_PIXELS
     if max(top, -bottom) > bottom - top:
         raise UserError(
             f"the baseline lies {max(top, -bottom)} pixels from the polygon, which is {bottom - top} high. "

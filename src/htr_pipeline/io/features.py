@@ -46,7 +46,8 @@ class ShardPlan:
     """What the shards of a manifest will hold; `write` makes them.
 
     Attributes:
-        manifest: table of io.manifest.MANIFEST with the metadata entry image_root.
+        manifest: table of io.manifest.MANIFEST whose metadata says where the images are. Lines with the same
+            content_hash have the same image: that of a line on a page covers its polygon and baseline.
         config: how lines are normalised, stored and by whom.
     """
 
@@ -105,10 +106,17 @@ class ShardPlan:
                 yield f"split={split}/shard-{index:05d}.parquet", part.slice(start, self.config.shard_lines)
 
     def _job(self, rows: pa.Table, key: str, places: dict[str, tuple[Path, int]]) -> "_Job":
-        described = _describe(rows)
-        hashes = {row["content_hash"] for row in described}
-        known = {content_hash: places[content_hash] for content_hash in hashes & places.keys()}
-        return _Job(described, known, _image_roots(self.manifest), key, self.config, signature(self.config))
+        needed = [*_LABELS, "source", "image_path", "polygon", "baseline", "content_hash"]
+        images = {str(content_hash) for content_hash in rows["content_hash"]}
+        known = {content_hash: places[content_hash] for content_hash in images & places.keys()}
+        return _Job(
+            rows.select(needed).to_pylist(),
+            known,
+            _image_roots(self.manifest),
+            key,
+            self.config,
+            signature(self.config),
+        )
 
 
 class _Output:
@@ -252,7 +260,7 @@ class _Job:
 
     Attributes:
         rows: of the manifest, in the order of the shard.
-        known: shard and row group that hold a line of the same content already, by content hash.
+        known: shard and row group that hold the same image already, by content hash.
         roots: folder of the images, by source.
         key: of the shard's content.
         config: how lines are normalised.
@@ -341,24 +349,17 @@ def _compute(rows: list[dict[str, Any]], roots: dict[str, Path], config: ImageCo
 
 
 def _image_roots(manifest: pa.Table) -> dict[str, Path]:
-    """Folder of the images of each source, in a form that holds on other machines with the same folders."""
-    root = Path(manifest.schema.metadata[b"image_root"].decode()).resolve()
+    """Folder of the images of each source, in a form that holds in other processes and on other machines."""
+    metadata = manifest.schema.metadata
+    if b"image_roots" in metadata:
+        return {source: Path(root).resolve() for source, root in json.loads(metadata[b"image_roots"]).items()}
+    root = Path(metadata[b"image_root"].decode()).resolve()
     return {str(source): root for source in pc.unique(manifest["source"])}
-
-
-def _describe(manifest: pa.Table) -> list[dict[str, Any]]:
-    """Rows of the manifest; content_hash stands for the line, not for the page that it is on."""
-    rows = manifest.select([*_LABELS, "source", "image_path", "polygon", "baseline", "content_hash"]).to_pylist()
-    for row in rows:
-        if row["polygon"] is not None or row["baseline"] is not None:
-            place = json.dumps([row["content_hash"], row["polygon"], row["baseline"]])
-            row["content_hash"] = hashlib.sha256(place.encode()).hexdigest()
-    return rows
 
 
 def _shard_key(rows: pa.Table, config: ImageConfig) -> str:
     """Hash of all that a shard's bytes depend on; where the images lie is no part of it."""
-    lines = [[row[name] for name in (*_LABELS, "content_hash")] for row in _describe(rows)]
+    lines = rows.select([*_LABELS, "content_hash"]).to_pylist()
     return hashlib.sha256(json.dumps([SCHEMA_VERSION, signature(config), lines]).encode()).hexdigest()
 
 
