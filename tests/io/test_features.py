@@ -1,6 +1,5 @@
 import json
 import logging
-import os
 import re
 import shutil
 import signal
@@ -405,12 +404,13 @@ from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.io.datasets import LineFeatures, ParquetTable
 from htr_pipeline.io.features import ShardPlan
 manifest = ParquetTable(sys.argv[1]).load()
-config = ImageConfig(height_pixels=32, shard_lines=4, num_workers=1)
+config = ImageConfig(height_pixels=32, shard_lines=4, num_workers=int(sys.argv[3]))
 LineFeatures(sys.argv[2]).save(ShardPlan(manifest, config))
 """
 
 
-def test_killed_run_leaves_the_old_shards_and_the_next_one_takes_over_what_it_finished(tmp_path):
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_killed_run_leaves_the_old_shards_and_the_next_one_takes_over_what_it_finished(tmp_path, num_workers):
     (tmp_path / "images").mkdir()
     manifest = make_manifest(tmp_path / "images", {"train": 400, "validation": 4, "test": 4})
     ParquetTable(str(tmp_path / "manifest.parquet")).save(manifest)
@@ -419,14 +419,13 @@ def test_killed_run_leaves_the_old_shards_and_the_next_one_takes_over_what_it_fi
     old = files(folder)
 
     process = subprocess.Popen(
-        [sys.executable, "-c", SAVE, str(tmp_path / "manifest.parquet"), str(folder)],
+        [sys.executable, "-c", SAVE, str(tmp_path / "manifest.parquet"), str(folder), str(num_workers)],
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     deadline = time.monotonic() + 60
     while len(list(partial.glob("split=train/shard-*"))) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     assert files(folder) == old
 
@@ -437,6 +436,8 @@ def test_killed_run_leaves_the_old_shards_and_the_next_one_takes_over_what_it_fi
     for name in finished:
         for row in pd.read_parquet(partial / name, columns=["line_id"], partitioning=None)["line_id"]:
             (tmp_path / "images" / f"{row}.png").unlink()  # not needed a second time
+    with (partial / "_SHA256SUMS").open("a") as stream:
+        stream.write("0123456789abcdef")  # the kill may come in the middle of a line
     features = save(folder, manifest, replace(CONFIG, height_pixels=32))
     assert not partial.exists()
     assert finished.items() <= files(folder).items()

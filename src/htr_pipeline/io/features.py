@@ -83,9 +83,10 @@ class ShardPlan:
         self, missing: list[tuple[str, pa.Table, str]], places: dict[str, tuple[Path, int]], output: "_Output"
     ) -> int:
         """Makes the shards that cannot be taken over whole; the number of lines that were computed for them."""
+        roots = _image_roots(self.manifest)
         results = map_jobs(
             _make_shard,
-            (self._job(rows, key, places) for _, rows, key in missing),
+            (self._job(rows, key, places, roots) for _, rows, key in missing),
             num_workers=1 if len(missing) <= 1 else self.config.num_workers,
             dask_address=self.config.dask_address if missing else None,
         )
@@ -105,18 +106,11 @@ class ShardPlan:
             for index, start in enumerate(range(0, len(part), self.config.shard_lines)):
                 yield f"split={split}/shard-{index:05d}.parquet", part.slice(start, self.config.shard_lines)
 
-    def _job(self, rows: pa.Table, key: str, places: dict[str, tuple[Path, int]]) -> "_Job":
+    def _job(self, rows: pa.Table, key: str, places: dict[str, tuple[Path, int]], roots: dict[str, Path]) -> "_Job":
         needed = [*_LABELS, "source", "image_path", "polygon", "baseline", "content_hash"]
         images = {str(content_hash) for content_hash in rows["content_hash"]}
         known = {content_hash: places[content_hash] for content_hash in images & places.keys()}
-        return _Job(
-            rows.select(needed).to_pylist(),
-            known,
-            _image_roots(self.manifest),
-            key,
-            self.config,
-            signature(self.config),
-        )
+        return _Job(rows.select(needed).to_pylist(), known, roots, key, self.config, signature(self.config))
 
 
 class _Output:
