@@ -502,3 +502,16 @@ def test_data_hash_follows_texts_images_and_splits(tmp_path, manifest):
     assert len(hashes) == 4
     # rows[0] is a test line: what is trained on is the same.
     assert FeatureShards(tmp_path / "text").data_hash(("train",)) == features.data_hash(("train",))
+
+
+def test_images_of_several_sources_lie_in_their_own_folders(tmp_path):
+    for source in ("first", "second"):
+        (tmp_path / source).mkdir()
+    rows = make_manifest(tmp_path / "first", {"train": 1, "validation": 1, "test": 1}).to_pylist()
+    rows = [row | {"source": "second" if row["split"] == "validation" else "first"} for row in rows]
+    (tmp_path / "first" / "validation-00.png").rename(tmp_path / "second" / "validation-00.png")
+    roots = {source: str(tmp_path / source) for source in ("first", "second")}
+    features = save(tmp_path / "features", to_table(rows, MANIFEST, {"image_roots": json.dumps(roots)}))
+    line = next(features.lines("validation"))
+    expected = normalise_line(read_image(tmp_path / "second" / "validation-00.png"), CONFIG).pixels
+    np.testing.assert_array_equal(line.pixels, expected)
