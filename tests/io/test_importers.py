@@ -292,7 +292,7 @@ def test_line_format_of_a_file_is_an_error(table):
 
 
 def test_unknown_format_is_an_error_with_those_that_exist(lines):
-    with pytest.raises(UserError, match=r"source\.format = 'docx'.*Allowed: auto, lines, table, demo"):
+    with pytest.raises(UserError, match=r"source\.format = 'docx'.*Allowed: auto, lines, table, page, alto, demo"):
         import_lines(lines, "docx")
 
 

@@ -144,6 +144,22 @@ def test_too_many_rejected_lines_stop_the_run_and_the_first_ten_are_shown(tmp_pa
     assert "summary.html" in str(caught.value)
 
 
+def test_lines_that_nobody_has_transcribed_do_not_stop_the_run(tmp_path):
+    rows = good_lines(36)
+    for row in rows[6:]:
+        row["text"] = ""
+    validated, rejected, summary, config = validate(rows, tmp_path, max_rejected_share=0.0)
+    assert check_manifest(validated, rejected, summary, config).num_rows == 6
+    assert summary["reasons"] == {"empty_text": 30}
+    assert summary["rejected_share"] == 0.0
+
+
+def test_source_without_any_text_stops_the_run(tmp_path):
+    validated, rejected, summary, config = validate([row | {"text": ""} for row in good_lines()], tmp_path)
+    with pytest.raises(UserError, match=r"besides 12 without text.*\n.*line00\.png \| empty_text"):
+        check_manifest(validated, rejected, summary, config)
+
+
 def test_no_line_left_stops_the_run_whatever_the_share(tmp_path):
     rejection = {"line_id": "x", "file": "x.png", "stage": "import", "reason": "missing_text", "detail": "no x.gt.txt"}
     config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_rejected_share=1.0)

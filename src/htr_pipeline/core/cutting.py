@@ -12,6 +12,7 @@ Points = Sequence[Sequence[float]]
 
 # OpenCV's remap addresses pixels with 16 bits.
 MAX_SIDE_PIXELS = 32_000
+MAX_LINE_PIXELS = 20_000_000
 _MAX_COORDINATE = 1_000_000
 # Share of the distance between two baselines that the line above and below its own takes.
 _ABOVE, _BELOW = 0.75, 0.35
@@ -21,6 +22,11 @@ _USUAL_LINES = 30
 # shorter one says nothing about its writing.
 _MIN_ELONGATION = 3.0
 _MARGIN_PIXELS = 2
+# How far a single flourish may rise or fall beyond the polygon's usual border, in mean heights of the polygon. More
+# would shrink all letters of the line when it is scaled to the network's height.
+_MAX_FLOURISH = 0.75
+# Bounds on the work for a polygon drawn to make much of it.
+_MAX_SAMPLES, _MAX_ANCHORS = 2000, 256
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ def cut_line(page: np.ndarray, polygon: Points | None, baseline: Points | None) 
     """(h, w) uint8 grey image of one line, at the page's resolution.
 
     The line is straightened along its baseline; without one, along the main axis of a long polygon, or not at all.
-    What lies outside the polygon (neighbours' ink, the page's edge) becomes the colour of the paper nearby.
+    What lies outside the polygon (neighbours' ink, the page's edge) becomes the colour of the paper nearby. The height
+    is that of the polygon, but the tip of a single flourish far above or below the others is cut off.
 
     Args:
         page: (H, W) uint8 grey.
@@ -56,7 +63,7 @@ def cut_line(page: np.ndarray, polygon: Points | None, baseline: Points | None) 
 
     Raises:
         UserError: neither polygon nor baseline has an extent, they do not belong together, the line lies outside the
-            page, or it is larger than MAX_SIDE_PIXELS.
+            page, or it is larger than MAX_SIDE_PIXELS or MAX_LINE_PIXELS.
 
     Source: as in kraken's extract_polygons the line follows its baseline; here by normals that turn slowly instead of a
         piecewise affine map, so that no letter breaks where the baseline has a corner.
@@ -116,7 +123,7 @@ def line_band(baseline: Points, spacing_pixels: float) -> list[list[int]]:
     return band
 
 
-_TOO_LARGE = f"At most {MAX_SIDE_PIXELS} a side are cut. Is it one line? If so, scale the page down."
+_TOO_LARGE = f"At most {MAX_SIDE_PIXELS} a side and {MAX_LINE_PIXELS} in all are cut. Scale the page down."
 
 
 def _checked(points: Points, kind: str) -> np.ndarray:
@@ -152,7 +159,7 @@ def _plan(outline: np.ndarray, baseline: Points | None) -> _Grid:
     except UserError:
         points = None
     points = _main_axis(outline) if points is None else _oriented(points, outline)
-    length = float(np.linalg.norm(np.diff(points, axis=0), axis=1).sum())
+    length = _length(points)
     body = min(max(abs(cv2.contourArea(outline.astype(np.float32))) / length, 8.0), 1000.0)  # mean height
     if length > 2 * MAX_SIDE_PIXELS:
         raise UserError(f"the baseline is {length:.0f} pixels long. {_TOO_LARGE}")
@@ -166,14 +173,14 @@ def _plan(outline: np.ndarray, baseline: Points | None) -> _Grid:
     tangent = _unit(np.stack([np.interp(position, np.arange(len(knots)), axis) for axis in directions.T], axis=1))
     along, across = _line_coordinates(outline, centre, tangent, body)
     start, stop = round(along.min()) - _MARGIN_PIXELS, round(along.max()) + _MARGIN_PIXELS
-    top, bottom = round(across.min()) - _MARGIN_PIXELS, round(across.max()) + _MARGIN_PIXELS
+    top, bottom = -_reach(-across, body) - _MARGIN_PIXELS, _reach(across, body) + _MARGIN_PIXELS
     if max(top, -bottom) > bottom - top:
         raise UserError(
             f"the baseline lies {max(top, -bottom)} pixels from the polygon, which is {bottom - top} high. "
             "They do not belong together: draw the line again."
         )
     width, height = stop - start, bottom - top
-    if max(width, height) > MAX_SIDE_PIXELS:
+    if max(width, height) > MAX_SIDE_PIXELS or width * height > MAX_LINE_PIXELS:
         raise UserError(f"the line is {width} x {height} pixels large. {_TOO_LARGE}")
 
     positions = np.arange(start, stop)
@@ -224,6 +231,10 @@ def _resample(points: np.ndarray, step: float) -> np.ndarray:
     return np.stack([np.interp(wanted, position, points[:, axis]) for axis in (0, 1)], axis=1)
 
 
+def _length(points: np.ndarray) -> float:
+    return float(np.linalg.norm(np.diff(points, axis=0), axis=1).sum())
+
+
 def _smooth(values: np.ndarray, sigma: float) -> np.ndarray:
     """(n, 2) values smoothed along the first axis; the ends keep their place."""
     reach = min(int(3 * sigma), len(values) - 1)
@@ -243,9 +254,9 @@ def _line_coordinates(
     outline: np.ndarray, centre: np.ndarray, tangent: np.ndarray, body: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Position along the baseline and distance below it, in pixels, of points all along the polygon."""
-    border = _resample(np.concatenate([outline, outline[:1]]), max(body / 4, 2.0))
-    border = np.concatenate([border, outline])
-    anchors = np.linspace(0, len(centre) - 1, max(int(len(centre) / (body / 2)), 2)).astype(int)
+    closed = np.concatenate([outline, outline[:1]])
+    border = np.concatenate([_resample(closed, max(body / 4, _length(closed) / _MAX_SAMPLES)), outline])
+    anchors = np.linspace(0, len(centre) - 1, int(np.clip(len(centre) / (body / 2), 2, _MAX_ANCHORS))).astype(int)
     distances = np.linalg.norm(border[:, None] - centre[anchors], axis=2)  # (points, anchors)
     anchor = anchors[distances.argmin(axis=1)]
     offset = border - centre[anchor]
@@ -253,6 +264,13 @@ def _line_coordinates(
     along = anchor + (offset * direction).sum(axis=1)
     across = offset[:, 1] * direction[:, 0] - offset[:, 0] * direction[:, 1]
     return along, across
+
+
+def _reach(across: np.ndarray, body: float) -> int:
+    """Distance from the baseline to the last row on its positive side, without the tip of a far flourish."""
+    farthest = float(across.max())
+    outer = across[across > 0]
+    return round(min(farthest, float(np.median(outer)) + _MAX_FLOURISH * body) if len(outer) else farthest)
 
 
 def _lay_paper(line: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -2,28 +2,40 @@
 
 A reader is a function (path, config) -> rows, one dictionary for each line that it met, in a fixed order. A row has
 `line_id` and `file` (relative to the source's folder) and, as far as the format tells, `text`, `image_path`, `split`,
-`writer_id`, `page_id`, `group`. A row that cannot become a line has `reason` (a code) and `detail` (a sentence)
-instead. Another format is another module beside this one and one entry in READERS.
+`writer_id`, `page_id`, `group`; a line of a page also has `polygon`, `baseline` and, in the same units, `page_size` (or
+None). A row that cannot become a line has `reason` (a code) and `detail` (a sentence) instead. Another format is one
+more module beside this one and one entry in READERS.
 """
 
 import hashlib
+import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError, config, setting
+from htr_pipeline.core.cutting import line_size
 from htr_pipeline.core.image import read_image
 from htr_pipeline.core.text import normalise_text
+from htr_pipeline.io.importers.alto import ALTO, read_alto
 from htr_pipeline.io.importers.lines import TEXT_SUFFIX, read_lines
+from htr_pipeline.io.importers.page import PAGE, read_page
 from htr_pipeline.io.importers.table import TABLE_SUFFIXES, find_tables, read_table
+from htr_pipeline.io.importers.xml import MAX_DISTORTION, find_roots, has_area
 
 logger = logging.getLogger(__name__)
+
+# Pages decoded at the same time; one takes up to half a gigabyte.
+_MAX_THREADS = 8
 
 
 @config("source")
@@ -34,7 +46,7 @@ class SourceConfig:
     """
 
     path: str = setting(default="data/01_raw/demo")
-    format: str = setting(default="auto", choices=("auto", "lines", "table", "demo"))
+    format: str = setting(default="auto", choices=("auto", "lines", "table", "page", "alto", "demo"))
     image_column: str | None = setting(default=None)
     text_column: str | None = setting(default=None)
     split_column: str | None = setting(default=None)
@@ -64,7 +76,13 @@ class SourceConfig:
 
 
 Reader = Callable[[Path, SourceConfig], list[dict[str, Any]]]
-READERS: dict[str, Reader] = {"lines": read_lines, "table": read_table, "demo": read_table}
+READERS: dict[str, Reader] = {
+    "lines": read_lines,
+    "table": read_table,
+    "page": read_page,
+    "alto": read_alto,
+    "demo": read_table,
+}
 
 
 def import_lines(
@@ -74,7 +92,7 @@ def import_lines(
 
     Args:
         path: a folder, or a table's file.
-        format: "lines", "table", "demo", or "auto", which looks at what is there.
+        format: "lines", "table", "page", "alto", "demo", or "auto", which looks at what is there.
         config: columns, writer rule, Unicode form; its own path and format are not looked at.
         demo: DemoConfig for format "demo", which renders its lines into the folder first.
 
@@ -105,8 +123,14 @@ def import_lines(
         raise UserError(f"source.path = {str(path)!r}: read as {format!r}, but it has no line. {_contents(path)}")
 
     resolved_root = root.resolve()
-    with ThreadPool(os.cpu_count()) as pool:
-        found = pool.imap(lambda row: _finish(row, root, resolved_root, config), rows, chunksize=16)
+    # Remembered, also where it fails: ten thousand lines must not have the same bad page decoded ten thousand times.
+    measure = lru_cache(maxsize=1024)(_measure_image)
+
+    def finish(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [_finish(row, root, resolved_root, config, measure) for row in part]
+
+    with ThreadPool(min(os.cpu_count() or 1, _MAX_THREADS)) as pool:
+        found = chain.from_iterable(pool.imap(finish, _parts(rows)))
         finished = list(tqdm(found, total=len(rows), desc="Reading line images", unit="line", mininterval=0.5))
 
     records, rejected = [], []
@@ -122,7 +146,7 @@ def import_lines(
             )
             continue
         first_file[row["line_id"]] = row.pop("file")
-        records.append(row | {"source": resolved_root.name, "format": format, "polygon": None, "baseline": None})
+        records.append(row | {"source": resolved_root.name, "format": format})
     logger.info("%s: %d lines read as %r, %d rejected.", path, len(records), format, len(rejected))
     return records, rejected
 
@@ -138,23 +162,34 @@ def _recognise(path: Path) -> str:
     if path.is_file():
         if path.suffix.lower() in TABLE_SUFFIXES:
             return "table"
+        for page_format in (PAGE, ALTO):
+            if find_roots(path)[page_format.root_tag]:
+                return page_format.name
         raise UserError(
-            f"source.path = {str(path)!r}: expected a folder, or a table ({', '.join(TABLE_SUFFIXES)}), "
-            f"got a file ending in {path.suffix!r}."
+            f"source.path = {str(path)!r}: expected a folder, a table ({', '.join(TABLE_SUFFIXES)}), a PAGE or ALTO "
+            f"file, got a file ending in {path.suffix!r}."
         )
     has_lines = next(path.rglob(f"*{TEXT_SUFFIX}"), None) is not None
-    has_table = bool(find_tables(path))
-    if has_lines and has_table:
-        tables = ", ".join(table.name for table in find_tables(path))
+    tables = find_tables(path)
+    roots = find_roots(path)
+    found = {
+        "lines": has_lines and f"{TEXT_SUFFIX} files",
+        "table": tables and f"a table ({', '.join(table.name for table in tables)})",
+        "page": roots[PAGE.root_tag] and f"{roots[PAGE.root_tag]} PAGE files",
+        "alto": roots[ALTO.root_tag] and f"{roots[ALTO.root_tag]} ALTO files",
+    }
+    formats = [format for format, words in found.items() if words]
+    if len(formats) > 1:
         raise UserError(
-            f"source.path = {str(path)!r} holds both {TEXT_SUFFIX} files and a table ({tables}). "
-            "Say which one counts: source.format=lines or source.format=table."
+            f"source.path = {str(path)!r} holds both {' and '.join(str(found[format]) for format in formats)}. "
+            f"Say which one counts: {' or '.join(f'source.format={format}' for format in formats)}."
         )
-    if has_lines or has_table:
-        return "lines" if has_lines else "table"
+    if formats:
+        return formats[0]
     raise UserError(
         f"source.path = {str(path)!r}: no lines recognised. {_contents(path)} Expected images (.png, .jpg, .tif) with "
-        f"NAME{TEXT_SUFFIX} beside each, or a table ({', '.join(TABLE_SUFFIXES)}) with image path and text."
+        f"NAME{TEXT_SUFFIX} beside each, a table ({', '.join(TABLE_SUFFIXES)}) with image path and text, or pages with "
+        "PAGE or ALTO files (.xml)."
     )
 
 
@@ -174,7 +209,35 @@ def _reject(reason: str, detail: str) -> dict[str, str]:
     return {"reason": reason, "detail": detail}
 
 
-def _finish(row: dict[str, Any], root: Path, resolved_root: Path, config: SourceConfig) -> dict[str, Any]:
+def _parts(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows to be finished one after the other: those of one page, so that its image is decoded once, or a few lines."""
+    part: list[dict[str, Any]] = []
+    for row in rows:
+        if part and (len(part) >= 16 if "page_size" not in row else row["file"] != part[-1]["file"]):
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
+
+
+def _measure_image(image: Path) -> tuple[str, int, int] | str:
+    """Hash, height and width of an image that can be decoded, or else what is wrong with it."""
+    try:
+        with image.open("rb") as stream:
+            content_hash = hashlib.file_digest(stream, "sha256").hexdigest()
+        return content_hash, *read_image(image).shape
+    except (UserError, OSError) as exc:
+        return str(exc).removeprefix(f"{image}: ")
+
+
+def _finish(
+    row: dict[str, Any],
+    root: Path,
+    resolved_root: Path,
+    config: SourceConfig,
+    measure: Callable[[Path], tuple[str, int, int] | str],
+) -> dict[str, Any]:
     """The row as a record of the manifest, or with the reason why it cannot be one."""
     printable = {key: _printable(value) for key, value in row.items()}
     if printable != row:
@@ -184,7 +247,8 @@ def _finish(row: dict[str, Any], root: Path, resolved_root: Path, config: Source
         return row
     text = normalise_text(row["text"] or "", config.unicode_form)
     if not text:
-        return row | _reject("empty_text", f"{row['file']}: there is no text. Transcribe the line or remove it.")
+        place = row["line_id"] if "page_size" in row else row["file"]
+        return row | _reject("empty_text", f"{place}: there is no text. Transcribe the line or remove it.")
     image = root / row["image_path"]
     try:
         inside, there = image.resolve().is_relative_to(resolved_root), image.is_file()
@@ -196,13 +260,19 @@ def _finish(row: dict[str, Any], root: Path, resolved_root: Path, config: Source
     if not there:
         detail = f"{row['image_path']}: there is no such image file in {root}. Correct the path or remove the line."
         return row | _reject("missing_image", detail)
-    try:
-        with image.open("rb") as stream:
-            content_hash = hashlib.file_digest(stream, "sha256").hexdigest()
-        height, width = read_image(image).shape
-    except (UserError, OSError) as exc:
-        detail = str(exc).removeprefix(f"{image}: ")
-        return row | _reject("unreadable_image", f"{row['image_path']}: {detail}")
+    measured = measure(image)
+    if isinstance(measured, str):
+        return row | _reject("unreadable_image", f"{row['image_path']}: {measured}")
+    content_hash, height, width = measured
+    polygon = baseline = None
+    if "page_size" in row:
+        try:
+            polygon, baseline = _on_image(row, width, height)
+            height, width = line_size(polygon, baseline)
+        except UserError as exc:
+            return row | _reject("bad_geometry", f"{row['line_id']}: {exc}")
+        geometry = json.dumps([content_hash, polygon, baseline])
+        content_hash = hashlib.sha256(geometry.encode()).hexdigest()
 
     writer_id = row.get("writer_id") or row.get("page_id") or row["line_id"]
     if config.writer_pattern:
@@ -221,11 +291,40 @@ def _finish(row: dict[str, Any], root: Path, resolved_root: Path, config: Source
         "split": row.get("split"),
         "text": text,
         "image_path": row["image_path"],
+        "polygon": polygon,
+        "baseline": baseline,
         "width_pixels": width,
         "height_pixels": height,
         "content_hash": content_hash,
         "group": row.get("group") or None,
     }
+
+
+def _on_image(row: dict[str, Any], width: int, height: int) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Polygon and baseline of a page's line in pixels of its image, within the image.
+
+    Raises:
+        UserError: the page has another shape than the image, or the line lies outside it.
+    """
+    page_width, page_height = row["page_size"] or (width, height)
+    scale = np.array([width / page_width, height / page_height])
+    if abs(scale[0] / scale[1] - 1) > MAX_DISTORTION:
+        raise UserError(
+            f"the XML describes a page of {page_width:g} x {page_height:g}, {row['image_path']} has {width} x {height} "
+            "pixels. Give the image that was transcribed, not turned and not cut."
+        )
+
+    def place(points: list[list[float]]) -> list[list[int]]:
+        inside = np.clip(np.rint(np.asarray(points) * scale), 0, (width - 1, height - 1))
+        placed: list[list[int]] = inside.astype(int).tolist()
+        return placed
+
+    polygon = place(row["polygon"])
+    if not has_area(polygon):
+        raise UserError(
+            f"nothing of its polygon lies on {row['image_path']} of {width} x {height} pixels. Draw the line again."
+        )
+    return polygon, place(row["baseline"]) if row["baseline"] else None
 
 
 def _printable(value: Any) -> Any:

@@ -30,7 +30,7 @@ def read_lines(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
     """
     if not path.is_dir():
         raise UserError(f"source.path = {str(path)!r}: format 'lines' expected a folder, got a file. Give its folder.")
-    files = sorted(_visible_files(path))
+    files = sorted(visible_files(path))
     images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
     texts = {name.removesuffix(TEXT_SUFFIX) for name in files if name.endswith(TEXT_SUFFIX)}
     first_folders = {name.split("/")[0] for name in images if "/" in name}
@@ -60,7 +60,8 @@ def read_lines(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["file"])
 
 
-def _visible_files(path: Path) -> Iterator[str]:
+def visible_files(path: Path) -> Iterator[str]:
+    """Files below the folder, relative to it; hidden files and folders are left out, links to folders not followed."""
     for folder, subfolders, names in os.walk(path):
         subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
         for name in names:

@@ -67,6 +67,8 @@ def validate_lines(
 
         rejected = pa.concat_tables([import_rejections, _rejected_by_checks(frame[is_rejected], rejected_by)])
         rejected = rejected.sort_by([("line_id", "ascending"), ("file", "ascending"), ("reason", "ascending")])
+        # A line that nobody has transcribed yet is reported, but it is no fault of the source.
+        num_faults = sum(reason != "empty_text" for reason in rejected["reason"].to_pylist())
         outside = _characters_outside_train(kept)
         warnings = [*import_warnings, *_warn_of_characters(outside), *_warn_of_repeated_images(kept)]
         summary = {
@@ -74,7 +76,7 @@ def validate_lines(
             "num_writers": _per_split(kept, lambda part: part["writer_id"].nunique()),
             "num_characters": _per_split(kept, lambda part: int(part["text"].str.len().sum())),
             "num_rejected": rejected.num_rows,
-            "rejected_share": rejected.num_rows / max(rejected.num_rows + validated.num_rows, 1),
+            "rejected_share": num_faults / max(num_faults + validated.num_rows, 1),
             "max_rejected_share": validation.max_rejected_share,
             "reasons": dict(sorted(Counter(rejected["reason"].to_pylist()).items())),
             "expectations": [
@@ -101,14 +103,16 @@ def check_manifest(
     for warning in validation_summary["warnings"]:
         logger.warning("%s", warning)
     logger.info("%s\nMore in %s", _reason_table(validation_summary), page)
-    num_rejected, share = rejected_lines.num_rows, validation_summary["rejected_share"]
+    share = validation_summary["rejected_share"]
     if share > validation.max_rejected_share or validated_lines.num_rows == 0:
-        first = [
-            f"  {row['file']} | {row['reason']} | {row['detail']}" for row in rejected_lines.slice(0, 10).to_pylist()
-        ]
+        faults = [row for row in rejected_lines.to_pylist() if row["reason"] != "empty_text"]
+        num_empty = rejected_lines.num_rows - len(faults)
+        shown = (faults or rejected_lines.to_pylist())[:10]
+        first = [f"  {row['file']} | {row['reason']} | {row['detail']}" for row in shown]
         raise UserError(
-            f"{num_rejected} of {num_rejected + validated_lines.num_rows} lines were rejected ({share:.1%}); "
-            f"validation.max_rejected_share = {validation.max_rejected_share} allows no more. "
+            f"{len(faults)} of {len(faults) + validated_lines.num_rows} lines were rejected ({share:.1%})"
+            + (f", besides {num_empty} without text" if num_empty else "")
+            + f"; validation.max_rejected_share = {validation.max_rejected_share} allows no more. "
             "The first of them (file | reason | detail):\n"
             + "\n".join(first)
             + f"\nAll are in the table rejected_lines and in {page}. Put the source right"

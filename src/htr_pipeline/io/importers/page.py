@@ -1,0 +1,121 @@
+"""PAGE XML, as Transkribus and eScriptorium write it: 2013, 2017, 2019 and the versions between."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree.ElementTree import Element
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.io.importers.xml import (
+    Page,
+    PageFormat,
+    PageLine,
+    has_area,
+    parse_number,
+    parse_points,
+    read_pages,
+)
+
+if TYPE_CHECKING:
+    from htr_pipeline.io.importers import SourceConfig
+
+
+def read_page(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
+    """One row for each TextLine, in reading order.
+
+    Args:
+        path: a folder with PAGE files and page images, or one PAGE file.
+        config: not used.
+    """
+    return read_pages(path, PAGE)
+
+
+def _parse(root: Element) -> Page:
+    pages = root.findall("Page")
+    if len(pages) != 1:
+        raise UserError(f"{len(pages)} elements Page; expected one. Split it into pages.")
+    element = pages[0]
+    page = Page(
+        image_name=element.get("imageFilename"),
+        width=parse_number(element.get("imageWidth")) or None,  # 0: whoever wrote it did not know
+        height=parse_number(element.get("imageHeight")) or None,
+    )
+    ranks: dict[str, int] = {}
+    for reading_order in element.findall("ReadingOrder"):
+        for region_id in _ordered_regions(reading_order):
+            ranks.setdefault(region_id, len(ranks))
+    regions = sorted(_regions(element, ranks, len(ranks)), key=lambda ranked: ranked[0])
+    page.lines = [_line(line) for _, region in regions for line in _by_custom_order(region.findall("TextLine"))]
+    return page
+
+
+def _ordered_regions(group: Element) -> Iterator[str]:
+    """Ids of regions in the order of a ReadingOrder's groups and references, however they are nested."""
+    for child in sorted(group, key=lambda child: _number(child.get("index"))):
+        if region_id := child.get("regionRef"):
+            yield region_id
+        yield from _ordered_regions(child)
+
+
+def _regions(parent: Element, ranks: dict[str, int], rank: int) -> Iterator[tuple[int, Element]]:
+    """The element and all regions in it, each with its place; one that has none of its own follows its parent."""
+    yield rank, parent
+    for child in _by_custom_order([e for e in parent if e.tag.endswith("Region") or e.tag == "TableCell"]):
+        yield from _regions(child, ranks, ranks.get(child.get("id", ""), rank))
+
+
+def _by_custom_order(elements: Sequence[Element]) -> list[Element]:
+    """The elements by custom="readingOrder {index:3;}" where all of them have it, else as they stand in the file."""
+    found = [re.search(r"readingOrder\s*\{[^{}]*?index\s*:\s*(\d{1,9})\b", e.get("custom", "")) for e in elements]
+    if not all(found):
+        return list(elements)
+    order = sorted(range(len(elements)), key=lambda position: int(found[position][1]))  # type: ignore[index]
+    return [elements[position] for position in order]
+
+
+def _line(element: Element) -> PageLine:
+    line = PageLine(element.get("id"), _text(element))
+    try:
+        polygon, baseline = (_points(element.find(name)) for name in ("Coords", "Baseline"))
+    except UserError as exc:
+        line.problem = str(exc)
+        return line
+    # Transkribus writes Coords without an area where only the baseline was drawn.
+    line.polygon = polygon if has_area(polygon) or not baseline else None
+    line.baseline = baseline
+    return line
+
+
+def _points(element: Element | None) -> list[list[float]] | None:
+    return parse_points(element.get("points", "")) or None if element is not None else None
+
+
+def _text(line: Element) -> str:
+    """The line's own text, or else that of its words, or else that of their glyphs."""
+    text = _main_text(line)
+    if text.strip():
+        return text
+    words = _by_custom_order(line.findall("Word"))
+    texts = (_main_text(word) or "".join(_main_text(glyph) for glyph in word.findall("Glyph")) for word in words)
+    return " ".join(filter(None, texts))
+
+
+def _main_text(element: Element) -> str:
+    """Text of the TextEquiv with the lowest index; without an index the one with the highest confidence."""
+    equivalents = element.findall("TextEquiv")
+    if not equivalents:
+        return ""
+    main = min(equivalents, key=lambda e: (_number(e.get("index")), -(parse_number(e.get("conf")) or 0.0)))
+    text = main.find("Unicode")
+    text = main.find("PlainText") if text is None else text
+    return "".join(text.itertext()) if text is not None else ""
+
+
+def _number(value: str | None) -> float:
+    number = parse_number(value)
+    return math.inf if number is None else number
+
+
+PAGE = PageFormat("page", "PcGts", r"https?://schema\.primaresearch\.org/PAGE/", _parse)
