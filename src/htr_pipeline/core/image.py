@@ -20,7 +20,7 @@ from htr_pipeline.core.config import UserError, config, setting
 DOWNSAMPLING = 4
 MAX_IMAGE_PIXELS = 100_000_000
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
-# Raised when the same image and the same settings give other pixels than before.
+# Raised when the same image and the same settings give other pixels than before, here or in core/cutting.py.
 _NORMALISATION_VERSION = 2
 _ANGLES = np.arange(-45, 50, 5)  # degrees of slant that are told apart
 _SAUVOLA_WEIGHT = 0.2  # of the local contrast in the threshold
