@@ -15,6 +15,7 @@ from htr_pipeline.core.image import (
     perceptual_hash,
     read_image,
     scaled_width,
+    signature,
     slant_degrees,
 )
 
@@ -119,6 +120,58 @@ def test_slant_is_measured_and_removed(lean):
     assert abs(line.slant_degrees - degrees) <= 5
     upright = normalise_line(strokes(lean=lean), ImageConfig(deslant=True)).pixels.T.astype(np.float32)
     assert abs(slant_degrees(upright)) <= 5
+
+
+def test_deslanting_keeps_the_strokes_that_lean_over_the_edge():
+    grey = np.full((64, 80), 255, np.uint8)
+    cv2.line(grey, (2, 60), (50, 4), 0, 3)
+    cv2.line(grey, (30, 60), (77, 4), 0, 3)
+    leaning, upright = (normalise_line(grey, ImageConfig(deslant=on)).pixels.astype(float) for on in (False, True))
+    assert upright.shape[0] > leaning.shape[0]
+    assert upright.sum() == pytest.approx(leaning.sum(), rel=0.02)
+    narrow = ImageConfig(deslant=True, max_width_pixels=64)
+    assert normalise_line(grey, narrow).pixels.shape == (64, 48)
+
+
+def test_binarised_lines_are_ink_or_paper_where_the_grey_line_is_dark_or_light():
+    shaded = (strokes().astype(np.float32) * np.linspace(0.4, 1.0, 300)[None, :]).astype(np.uint8)
+    grey, binary = (normalise_line(shaded, ImageConfig(binarise=on)).pixels for on in (False, True))
+    assert set(np.unique(binary)) == {0, 255}
+    assert np.all(binary[grey > 200] == 255)
+    assert np.all(binary[grey < 20] == 0)
+
+
+def test_binarised_blank_paper_has_no_ink():
+    grain = np.random.default_rng(0).normal(230, 3, (64, 300)).astype(np.uint8)
+    assert normalise_line(grain, ImageConfig(binarise=True)).ink_share < 0.02
+
+
+@pytest.mark.parametrize("step", ["even_paper", "find_polarity", "stretch_contrast", "deslant", "binarise"])
+def test_every_step_can_be_switched(step):
+    faint = 255 - (255 - strokes(lean=30.0).astype(np.float32)) * 0.4
+    photo = faint * np.linspace(0.5, 0.9, 300)[None, :]
+    photo = 255 - photo.astype(np.uint8) if step == "find_polarity" else photo.astype(np.uint8)
+    off, on = (normalise_line(photo, ImageConfig(**{step: on})).pixels for on in (False, True))
+    assert off.shape != on.shape or np.abs(off.astype(int) - on).max() > 20
+
+
+def test_signature_follows_what_changes_pixels_and_nothing_else():
+    usual = signature(ImageConfig())
+    for change in ({"num_workers": 3}, {"shard_lines": 7}, {"dask_address": "tcp://127.0.0.1:8786"}):
+        assert signature(ImageConfig(**change)) == usual
+    for change in ({"height_pixels": 32}, {"deslant": True}, {"binarise": True}, {"even_paper": False}):
+        assert signature(ImageConfig(**change)) != usual
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (2, 2), (3, 4000), (4000, 3)])
+@pytest.mark.parametrize("fill", [0, 255, None])
+def test_images_of_any_shape_and_content_become_lines(shape, fill):
+    grey = np.random.default_rng(0).integers(0, 256, shape) if fill is None else np.full(shape, fill)
+    line = normalise_line(grey.astype(np.uint8), ImageConfig(deslant=True, binarise=True))
+    assert line.pixels.shape[1] == 48
+    assert 1 <= line.pixels.shape[0] <= 3072
+    assert 0 <= line.ink_share <= 1
+    assert 0 <= line.contrast <= 1
 
 
 def test_an_empty_image_is_refused():

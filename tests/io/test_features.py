@@ -1,22 +1,28 @@
 import json
-import os
+import logging
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from kedro.io import DatasetError
 from PIL import Image, ImageDraw
 
 from htr_pipeline.core.config import UserError
+from htr_pipeline.core.cutting import cut_line
 from htr_pipeline.core.image import ImageConfig, normalise_line, read_image
 from htr_pipeline.io.datasets import LineFeatures, ParquetTable
 from htr_pipeline.io.features import FeatureShards, ShardPlan
-from htr_pipeline.io.manifest import MANIFEST, to_table
+from htr_pipeline.io.manifest import FEATURES, MANIFEST, to_table
 
 CONFIG = ImageConfig(height_pixels=24, shard_lines=4, num_workers=1)
 NUM_LINES = {"train": 10, "validation": 3, "test": 5}
@@ -94,6 +100,7 @@ def test_shards_hold_the_normalised_pixels_column_after_column(tmp_path, manifes
 def test_shards_have_fixed_names_and_sorted_lines(tmp_path, manifest):
     features = save(tmp_path / "features", manifest)
     assert list(files(tmp_path / "features")) == [
+        "_SHA256SUMS",
         "split=test/shard-00000.parquet",
         "split=test/shard-00001.parquet",
         "split=train/shard-00000.parquet",
@@ -132,7 +139,10 @@ def test_unchanged_shards_are_taken_over_and_only_changed_ones_made_anew(tmp_pat
     rows = [row | {"text": "new text"} if row["line_id"] == "validation-01" else row for row in manifest.to_pylist()]
     features = save(folder, to_table(rows, MANIFEST, {"image_roots": json.dumps({"test": str(tmp_path / "images")})}))
     new = files(folder)
-    assert {name for name in old if new[name] != old[name]} == {"split=validation/shard-00000.parquet"}
+    assert {name for name in old if new[name] != old[name]} == {
+        "_SHA256SUMS",
+        "split=validation/shard-00000.parquet",
+    }
     assert features.read_lines(["validation-01"])["validation-01"]["text"] == "new text"
 
 
@@ -168,18 +178,239 @@ def test_number_of_processes_does_not_make_shards_anew(tmp_path, manifest):
     assert save(folder, manifest, replace(CONFIG, num_workers=2)).data_hash() == hash_before
 
 
+def computed_and_taken_over(caplog):
+    """The two numbers of the last message of an extraction."""
+    messages = [record.getMessage() for record in caplog.records if "lines computed" in record.getMessage()]
+    return tuple(map(int, re.search(r"(\d+) lines computed, (\d+) taken over", messages[-1]).groups()))
+
+
+def test_lines_are_taken_over_one_by_one_where_added_and_removed_lines_shift_the_shards(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="htr_pipeline")
+    (tmp_path / "images").mkdir()
+    whole = make_manifest(tmp_path / "images", {"train": 30, "validation": 3, "test": 5})
+    names = whole["line_id"].to_pylist()
+    first = whole.filter(pa.array([name not in ("train-00", "train-17", "test-04") for name in names]))
+    second = whole.filter(pa.array([name not in ("train-05", "train-29") for name in names]))
+    save(tmp_path / "features", first)
+    assert computed_and_taken_over(caplog) == (35, 0)
+    save(tmp_path / "features", second)
+    assert computed_and_taken_over(caplog) == (3, 33)
+    save(tmp_path / "features", second, replace(CONFIG, shard_lines=7))
+    assert computed_and_taken_over(caplog) == (0, 36)
+    save(tmp_path / "afresh", second, replace(CONFIG, shard_lines=7))
+    assert computed_and_taken_over(caplog) == (36, 0)
+    assert files(tmp_path / "features") == files(tmp_path / "afresh")
+
+
+def test_line_that_moved_to_another_split_or_got_another_text_is_taken_over(tmp_path, manifest, caplog):
+    caplog.set_level(logging.INFO, logger="htr_pipeline")
+    save(tmp_path / "features", manifest)
+    rows = [
+        row | {"split": "test", "text": "moved"} if row["line_id"] == "train-00" else row
+        for row in manifest.to_pylist()
+    ]
+    features = save(tmp_path / "features", to_table(rows, MANIFEST, manifest.schema.metadata))
+    assert computed_and_taken_over(caplog) == (0, 18)
+    assert features.read_lines(["train-00"])["train-00"]["split"] == "test"
+
+
+def test_changed_image_is_computed_and_a_changed_setting_computes_all(tmp_path, manifest, caplog):
+    caplog.set_level(logging.INFO, logger="htr_pipeline")
+    save(tmp_path / "features", manifest)
+    draw_line(tmp_path / "images" / "train-03.png", 1000)
+    rows = [row | {"content_hash": "f" * 64} if row["line_id"] == "train-03" else row for row in manifest.to_pylist()]
+    changed = to_table(rows, MANIFEST, manifest.schema.metadata)
+    features = save(tmp_path / "features", changed)
+    assert computed_and_taken_over(caplog) == (1, 17)
+    expected = normalise_line(read_image(tmp_path / "images" / "train-03.png"), CONFIG).pixels
+    np.testing.assert_array_equal(next(islice(features.lines("train"), 3, None)).pixels, expected)
+    save(tmp_path / "features", changed, replace(CONFIG, find_polarity=False))
+    assert computed_and_taken_over(caplog) == (18, 0)
+
+
+def test_dask_cluster_writes_the_bytes_of_local_processes(tmp_path, manifest, cluster):
+    save(tmp_path / "local", manifest)
+    save(tmp_path / "dask", manifest, replace(CONFIG, dask_address=cluster.scheduler_address))
+    assert files(tmp_path / "dask") == files(tmp_path / "local")
+    # What lines already have is taken over on the workers too.
+    fewer = manifest.filter(pa.array([name != "train-00" for name in manifest["line_id"].to_pylist()]))
+    save(tmp_path / "local", fewer)
+    save(tmp_path / "dask", fewer, replace(CONFIG, dask_address=cluster.scheduler_address))
+    assert files(tmp_path / "dask") == files(tmp_path / "local")
+
+
+def test_image_that_cannot_be_read_is_named_from_a_dask_cluster_too(tmp_path, manifest, cluster):
+    (tmp_path / "images" / "train-05.png").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=r"line 'train-05'.*kedro run --pipeline data_validation"):
+        save(tmp_path / "features", manifest, replace(CONFIG, dask_address=cluster.scheduler_address))
+
+
+def page_manifest(root):
+    """Three lines on each of two pages, in shards that begin in the middle of a page."""
+    rows = []
+    for page in range(2):
+        image = Image.new("L", (400, 300), 240)
+        pen = ImageDraw.Draw(image)
+        for line in range(3):
+            top = 20 + 90 * line
+            for x in range(30, 360, 14):
+                pen.line([(x, top + 50), (x + (page + line) % 5, top + 10)], fill=20, width=3)
+            polygon = [[20, top], [380, top], [380, top + 60], [20, top + 60]]
+            rows.append(
+                {
+                    "line_id": f"page {page} line {line}",
+                    "page_id": f"page {page}",
+                    "writer_id": "writer",
+                    "split": "train",
+                    "text": f"text {line}",
+                    "image_path": f"page {page}.png",
+                    "polygon": polygon,
+                    "baseline": [[20, top + 50], [380, top + 50]],
+                    "source": "pages",
+                    "format": "page",
+                    "width_pixels": 360,
+                    "height_pixels": 60,
+                    "content_hash": f"{len(rows):064x}",
+                }
+            )
+        image.save(root / f"page {page}.png")
+    return to_table(rows, MANIFEST, {"image_roots": json.dumps({"pages": str(root)})})
+
+
+def test_lines_of_pages_are_cut_out_and_each_page_is_decoded_once(tmp_path, monkeypatch):
+    manifest = page_manifest(tmp_path)
+    reads = []
+    monkeypatch.setattr("htr_pipeline.io.features.read_image", lambda path: reads.append(path.name) or read_image(path))
+    features = save(tmp_path / "features", manifest, replace(CONFIG, shard_lines=6))
+    assert reads == ["page 0.png", "page 1.png"]
+    rows = {row["line_id"]: row for row in manifest.to_pylist()}
+    for line in features.lines("train"):
+        row = rows[line.line_id]
+        cut = cut_line(read_image(tmp_path / row["image_path"]), row["polygon"], row["baseline"])
+        np.testing.assert_array_equal(line.pixels, normalise_line(cut, CONFIG).pixels)
+
+
+def test_line_whose_polygon_was_changed_is_the_only_one_of_its_page_to_be_computed(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="htr_pipeline")
+    manifest = page_manifest(tmp_path)
+    save(tmp_path / "features", manifest)
+    rows = manifest.to_pylist()
+    rows[1] |= {"polygon": [[20, 110], [300, 110], [300, 170], [20, 170]], "content_hash": "f" * 64}
+    changed = to_table(rows, MANIFEST, manifest.schema.metadata)
+    save(tmp_path / "features", changed)
+    assert computed_and_taken_over(caplog) == (1, 5)
+    save(tmp_path / "afresh", changed)
+    assert files(tmp_path / "features") == files(tmp_path / "afresh")
+
+
+def test_line_outside_its_page_is_named(tmp_path):
+    rows = page_manifest(tmp_path).to_pylist()
+    far = [[5000, 5000], [5300, 5000], [5300, 5060], [5000, 5060]]
+    rows[4] |= {"polygon": far, "baseline": None}
+    with pytest.raises(DatasetError, match="line 'page 1 line 1': "):
+        save(tmp_path / "features", to_table(rows, MANIFEST, {"image_roots": json.dumps({"pages": str(tmp_path)})}))
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+SHARD = "split=train/shard-00001.parquet"
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut short", "emptied", "removed", "swapped"])
+def test_damaged_shard_is_named_and_made_again_from_its_images(tmp_path, manifest, caplog, damage):
+    caplog.set_level(logging.INFO, logger="htr_pipeline")
+    folder = tmp_path / "features"
+    save(folder, manifest)
+    sound = files(folder)
+    path = folder / SHARD
+    if damage == "flipped":
+        flip(path, path.stat().st_size // 3)
+    elif damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "emptied":
+        path.write_bytes(b"")
+    elif damage == "removed":
+        path.unlink()
+    else:
+        path.write_bytes((folder / "split=train/shard-00000.parquet").read_bytes())
+    save(folder, manifest)
+    assert files(folder) == sound
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{path}: the shard is {'missing' if damage == 'removed' else 'damaged'}")
+    assert computed_and_taken_over(caplog) == (4, 14)
+
+
+def test_every_flipped_byte_is_found_when_features_are_used(tmp_path, manifest):
+    features = save(tmp_path / "features", manifest)
+    path = tmp_path / "features" / SHARD
+    sound = path.read_bytes()
+    for position in range(0, len(sound), 97):
+        flip(path, position)
+        with pytest.raises(UserError, match=f"{SHARD}: the shard is damaged"):
+            next(features.lines("train"))
+        path.write_bytes(sound)
+    assert len(list(features.lines("train"))) == 10
+
+
+def test_checksums_are_not_computed_again_on_every_read(tmp_path, manifest, monkeypatch):
+    features = save(tmp_path / "features", manifest)
+    features.figures()
+    monkeypatch.setattr("htr_pipeline.io.features.hashlib.file_digest", None)
+    assert len(list(features.lines("train"))) == 10
+    assert features.figures().num_rows == 18
+
+
+def test_damaged_or_missing_shard_is_named_when_features_are_used(tmp_path, manifest):
+    folder = tmp_path / "features"
+    features = save(folder, manifest)
+    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-30])
+    for use in (features.figures, features.data_hash, lambda: list(features.lines("train"))):
+        with pytest.raises(UserError, match=f"{SHARD}: the shard is damaged.*kedro run --pipeline feature_extraction"):
+            use()
+    (folder / SHARD).unlink()
+    with pytest.raises(UserError, match=f"{SHARD}: the shard is missing.*kedro run --pipeline feature_extraction"):
+        features.figures()
+    (folder / "_SHA256SUMS").unlink()
+    with pytest.raises(UserError, match="there is no _SHA256SUMS"):
+        FeatureShards(folder)
+
+
+def test_list_of_checksums_is_read_by_sha256sum(tmp_path, manifest):
+    save(tmp_path / "features", manifest)
+    if shutil.which("sha256sum") is None:
+        pytest.skip("there is no sha256sum")
+    subprocess.run(["sha256sum", "--strict", "-c", "_SHA256SUMS"], cwd=tmp_path / "features", check=True)
+
+
+def test_shards_say_how_they_were_made(tmp_path, manifest):
+    save(tmp_path / "features", manifest)
+    metadata = pq.read_schema(tmp_path / "features" / SHARD).metadata
+    assert json.loads(metadata[b"normalisation"])["height_pixels"] == 24
+    assert metadata[b"table"] == b"features"
+    assert metadata[b"schema_version"]
+    group = pq.read_metadata(tmp_path / "features" / SHARD).row_group(0)
+    assert group.column(0).compression == "ZSTD"
+    assert group.column(FEATURES.get_field_index("width_pixels")).statistics.has_min_max
+
+
 SAVE = """
 import sys
 from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.io.datasets import LineFeatures, ParquetTable
 from htr_pipeline.io.features import ShardPlan
 manifest = ParquetTable(sys.argv[1]).load()
-config = ImageConfig(height_pixels=32, shard_lines=4, num_workers=1)
+config = ImageConfig(height_pixels=32, shard_lines=4, num_workers=int(sys.argv[3]))
 LineFeatures(sys.argv[2]).save(ShardPlan(manifest, config))
 """
 
 
-def test_killed_run_leaves_the_old_shards_and_the_next_one_takes_over_what_it_finished(tmp_path):
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_killed_run_leaves_the_old_shards_and_the_next_one_takes_over_what_it_finished(tmp_path, num_workers):
     (tmp_path / "images").mkdir()
     manifest = make_manifest(tmp_path / "images", {"train": 400, "validation": 4, "test": 4})
     ParquetTable(str(tmp_path / "manifest.parquet")).save(manifest)
@@ -188,22 +419,25 @@ def test_killed_run_leaves_the_old_shards_and_the_next_one_takes_over_what_it_fi
     old = files(folder)
 
     process = subprocess.Popen(
-        [sys.executable, "-c", SAVE, str(tmp_path / "manifest.parquet"), str(folder)],
+        [sys.executable, "-c", SAVE, str(tmp_path / "manifest.parquet"), str(folder), str(num_workers)],
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     deadline = time.monotonic() + 60
     while len(list(partial.glob("split=train/shard-*"))) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     assert files(folder) == old
 
-    finished = {name: content for name, content in files(partial).items() if ".partial" not in name}
+    finished = {
+        name: content for name, content in files(partial).items() if ".partial" not in name and name != "_SHA256SUMS"
+    }
     assert 5 <= len(finished) < len(old)
     for name in finished:
         for row in pd.read_parquet(partial / name, columns=["line_id"], partitioning=None)["line_id"]:
             (tmp_path / "images" / f"{row}.png").unlink()  # not needed a second time
+    with (partial / "_SHA256SUMS").open("a") as stream:
+        stream.write("0123456789abcdef")  # the kill may come in the middle of a line
     features = save(folder, manifest, replace(CONFIG, height_pixels=32))
     assert not partial.exists()
     assert finished.items() <= files(folder).items()
@@ -237,7 +471,7 @@ def test_figures_have_a_row_for_every_line_and_no_pixels(tmp_path, manifest):
     assert len(table) == 18
     assert "pixels" not in table.column_names
     assert table["split"].to_pylist() == ["train"] * 10 + ["validation"] * 3 + ["test"] * 5
-    assert FeatureShards(tmp_path / "nothing").figures().num_rows == 0
+    assert save(tmp_path / "nothing", manifest.slice(0, 0)).figures().num_rows == 0
 
 
 def test_shuffled_lines_come_once_each_and_in_the_same_order_for_the_same_seed(tmp_path, manifest):
@@ -268,3 +502,16 @@ def test_data_hash_follows_texts_images_and_splits(tmp_path, manifest):
     assert len(hashes) == 4
     # rows[0] is a test line: what is trained on is the same.
     assert FeatureShards(tmp_path / "text").data_hash(("train",)) == features.data_hash(("train",))
+
+
+def test_images_of_several_sources_lie_in_their_own_folders(tmp_path):
+    for source in ("first", "second"):
+        (tmp_path / source).mkdir()
+    rows = make_manifest(tmp_path / "first", {"train": 1, "validation": 1, "test": 1}).to_pylist()
+    rows = [row | {"source": "second" if row["split"] == "validation" else "first"} for row in rows]
+    (tmp_path / "first" / "validation-00.png").rename(tmp_path / "second" / "validation-00.png")
+    roots = {source: str(tmp_path / source) for source in ("first", "second")}
+    features = save(tmp_path / "features", to_table(rows, MANIFEST, {"image_roots": json.dumps(roots)}))
+    line = next(features.lines("validation"))
+    expected = normalise_line(read_image(tmp_path / "second" / "validation-00.png"), CONFIG).pixels
+    np.testing.assert_array_equal(line.pixels, expected)

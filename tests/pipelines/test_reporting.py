@@ -271,7 +271,7 @@ def make_inputs(
     pixels = {line["line_id"]: draw(line["text"]) for line in test}
     features = FewLines(
         {
-            **{name: line[name] for name in ("line_id", "split", "writer_id", "group", "text")},
+            **{name: line[name] for name in ("line_id", "split", "writer_id", "group", "text", "content_hash")},
             "pixels": np.ascontiguousarray(pixels[line["line_id"]]).tobytes(),
             "width_pixels": pixels[line["line_id"]].shape[0],
             "height_pixels": pixels[line["line_id"]].shape[1],

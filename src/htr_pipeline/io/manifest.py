@@ -41,7 +41,7 @@ MANIFEST = _schema(
         _required("format", pa.string()),
         _required("width_pixels", pa.int32()),
         _required("height_pixels", pa.int32()),
-        _required("content_hash", pa.string()),
+        _required("content_hash", pa.string()),  # of the image; for a line on a page, of its polygon and baseline too
         pa.field("group", pa.string()),  # anything to break results down by: font, hand, collection
         pa.field("image_hash", pa.string()),  # core.image.perceptual_hash, 32 hexadecimal digits
     ],
@@ -65,6 +65,7 @@ FEATURES = _schema(
         _required("writer_id", pa.string()),
         pa.field("group", pa.string()),
         _required("text", pa.string()),
+        _required("content_hash", pa.string()),  # as in the manifest
         _required("pixels", pa.binary()),  # uint8, one column of height_pixels after the other, ink high
         _required("width_pixels", pa.int32()),
         _required("height_pixels", pa.int32()),

@@ -8,17 +8,14 @@ A writer is a font with habits of its own and belongs to one split. The writers 
 write in fonts that occur nowhere else. No text occurs twice, and no sentence in two splits.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import importlib.resources
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +27,7 @@ from tqdm import tqdm
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.synthesis import Font, draw_style, render_line
 from htr_pipeline.io.atomic import replace_folder
+from htr_pipeline.io.workers import map_jobs
 
 logger = logging.getLogger(__name__)
 
@@ -256,25 +254,10 @@ def _cut_lines(sentences: list[str], rng: np.random.Generator) -> list[str]:
 def _render_writers(folder: Path, writers: list[_Writer], num_workers: int, progress: bool) -> None:
     """Writes the line images of all writers, each writer in one of the processes."""
     total = sum(len(writer.texts) for writer in writers)
-    bar = tqdm(total=total, desc="Rendering demo lines", unit="line", mininterval=0.5, disable=not progress)
-    render = functools.partial(_render_writer, folder)
-    if num_workers == 1 or len(writers) == 1:
-        with bar:
-            for writer in writers:
-                bar.update(render(writer))
-        return
-    # Spawned, not forked: the caller may have threads (TensorFlow, tqdm) that a fork would tear.
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(num_workers, len(writers)), mp_context=context, initializer=_start_worker
-    )
-    with bar, pool:
-        try:
-            for future in concurrent.futures.as_completed([pool.submit(render, writer) for writer in writers]):
-                bar.update(future.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    counts = map_jobs(functools.partial(_render_writer, folder), writers, num_workers=min(num_workers, len(writers)))
+    with tqdm(total=total, desc="Rendering demo lines", unit="line", mininterval=0.5, disable=not progress) as bar:
+        for count in counts:
+            bar.update(count)
 
 
 def _render_writer(folder: Path, writer: _Writer) -> int:
@@ -286,19 +269,6 @@ def _render_writer(folder: Path, writer: _Writer) -> int:
         _, png = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 3])
         (folder / row["image"]).write_bytes(png.tobytes())
     return len(writer.texts)
-
-
-def _start_worker() -> None:
-    """One thread for each process; and none of them outlives a parent that was killed."""
-    cv2.setNumThreads(1)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _remove_leftovers(folder: Path) -> None:

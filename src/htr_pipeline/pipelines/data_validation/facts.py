@@ -41,11 +41,12 @@ def collect_facts(lines: pa.Table, config: ValidationConfig, image_config: Image
         image_config: the height to which lines will be scaled, which decides how many frames they have.
 
     Returns:
-        Columns of the manifest and, empty text where there is nothing to find:
-        unknown_characters, invisible_characters, mixed_forms, look_alikes, rare_characters, untrained_characters (words
-        for what the text has of them), same_image, near_image (id of the earlier line), other_page (page of another split
-        with the same text); place (image of the line, or its id where the image is a page); numbers: aspect, frames, required_frames, spare_frames, texts_of_image,
-        width_per_character (in line heights) and width_deviation (in standard deviations from the writer's norm).
+        Columns of the manifest and `place` (the line's image, or its id where the image is a page); empty text where
+        there is nothing to find: unknown_characters, invisible_characters, mixed_forms, look_alikes, rare_characters,
+        untrained_characters (words for what the text has of them), same_image, near_image (id of the earlier line),
+        other_page (page of another split with the same text); numbers: aspect, frames, required_frames, spare_frames,
+        texts_of_image, width_per_character (in line heights) and width_deviation (in standard deviations from the
+        writer's norm).
         writer_splits names the splits of the line's writer.
     """
     frame = lines.select(_COLUMNS).to_pandas()

@@ -4,9 +4,11 @@ import io
 import logging
 import tempfile
 from importlib.metadata import distributions, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,11 +19,13 @@ from htr_pipeline.core.config import config, setting
 from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.recipe import DecodingConfig
-from htr_pipeline.io.features import FeatureShards
+from htr_pipeline.io.features import FeatureShards, line_images
 from htr_pipeline.io.manifest import SPLITS, image_roots
 
 logger = logging.getLogger(__name__)
 
+# Lines whose images are in memory at the same time.
+_LINES_AT_A_TIME = 256
 # What the model needs where it is loaded; everything else of the project's requirements is for training.
 _REQUIREMENTS = ("keras", "numba", "numpy", "opencv-python-headless", "pandas", "pillow", "rapidfuzz")
 
@@ -107,12 +111,13 @@ def _champion_cer(
     if known and champion.tags.get("signature") == metrics["signature"]:
         return float(champion.tags["cer"])
     logger.info("The champion (version %s) was measured on other lines: it reads the present ones.", champion.version)
-    roots = image_roots(manifest)
     lines = manifest.filter(pc.equal(manifest["split"], metrics["headline"]["split"]))
     reader = mlflow.pyfunc.load_model(f"models:/{registration.model_name}@{registration.alias}")
-    places = zip(lines["source"].to_pylist(), lines["image_path"].to_pylist(), strict=True)
-    read = reader.predict(pd.DataFrame({"image": [str(roots[source] / path) for source, path in places]}))
-    return score_lines(lines["text"].to_pylist(), [text or "" for text in read["text"]]).cer
+    texts: list[str | None] = []
+    images = (_png(grey) for _, grey in line_images(lines.to_pylist(), image_roots(manifest)))
+    while some := list(islice(images, _LINES_AT_A_TIME)):
+        texts += reader.predict(pd.DataFrame({"image": some}))["text"].tolist()
+    return score_lines(lines["text"].to_pylist(), [text or "" for text in texts]).cer
 
 
 def _reason(cer: float, champion_cer: float | None, champion: Any | None, split: str) -> str:
@@ -149,6 +154,10 @@ def _requirements() -> list[str]:
 def _example(features: FeatureShards) -> bytes:
     """PNG file of one line, dark ink on white."""
     line = next(line for split in SPLITS for line in features.lines(split))
+    return _png(255 - line.pixels.T)
+
+
+def _png(grey: np.ndarray) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(255 - line.pixels.T).save(stream, "PNG")
+    Image.fromarray(grey).save(stream, "PNG", compress_level=1)
     return stream.getvalue()

@@ -1,0 +1,133 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.io.workers import map_jobs
+
+
+def square(number):
+    return number * number
+
+
+def end_this_process(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse(number):
+    raise UserError(f"line {number}: no.")
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_results_come_in_the_order_of_the_jobs(num_workers):
+    assert list(map_jobs(square, range(20), num_workers=num_workers)) == [number**2 for number in range(20)]
+
+
+def test_jobs_are_taken_only_as_workers_become_free():
+    taken = []
+
+    def jobs():
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    results = map_jobs(square, jobs(), num_workers=2)
+    assert next(results) == 0
+    assert len(taken) == 4  # two for each process
+    results.close()
+
+
+def test_error_of_a_job_reaches_the_caller_as_it_is():
+    with pytest.raises(UserError, match=r"^line 3: no\.$"):
+        list(map_jobs(refuse, [3, 4, 5], num_workers=2))
+
+
+def test_process_that_was_ended_from_outside_is_explained():
+    with pytest.raises(UserError, match=r"ended from outside.*fewer processes"):
+        list(map_jobs(end_this_process, range(3), num_workers=2))
+
+
+ENDLESS = """
+import sys, time
+from pathlib import Path
+from htr_pipeline.io.workers import map_jobs
+from tests.io.test_workers import sleep_after_noting
+if __name__ == "__main__":
+    list(map_jobs(sleep_after_noting, [sys.argv[1]] * 4, num_workers=2))
+"""
+
+
+def sleep_after_noting(folder):
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(60)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
+def test_processes_end_when_their_parent_is_killed(tmp_path):
+    (tmp_path / "noted").mkdir()
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)])}
+    parent = subprocess.Popen([sys.executable, script, tmp_path / "noted"], env=environment)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "noted").iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = [path.name for path in (tmp_path / "noted").iterdir()]
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, workers))
+
+
+def test_dask_cluster_gives_the_results_of_local_processes(cluster):
+    results = list(map_jobs(square, range(20), dask_address=cluster.scheduler_address))
+    assert results == [number**2 for number in range(20)]
+
+
+def test_error_of_a_job_on_dask_reaches_the_caller_as_it_is(cluster):
+    with pytest.raises(UserError, match=r"^line 3: no\.$"):
+        list(map_jobs(refuse, [3, 4, 5], dask_address=cluster.scheduler_address))
+
+
+def test_dask_workers_that_die_are_explained(cluster):
+    with pytest.raises(UserError, match=r"the cluster lost a job.*run again"):
+        list(map_jobs(end_this_process, [0], dask_address=cluster.scheduler_address))
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://x", "tcp://"])
+def test_address_without_a_scheduler_is_named(address, monkeypatch):
+    pytest.importorskip("distributed", reason="Dask is an extra: pip install 'htr-pipeline[dask]'")
+    monkeypatch.setattr("htr_pipeline.io.workers._CONNECT_SECONDS", 0.5)
+    with pytest.raises(UserError, match=f"dask_address = '{address}': no Dask scheduler answers"):
+        list(map_jobs(square, [1], dask_address=address))
+
+
+def test_scheduler_without_workers_is_named(monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="Dask is an extra: pip install 'htr-pipeline[dask]'")
+    monkeypatch.setattr("htr_pipeline.io.workers._CONNECT_SECONDS", 1.0)
+    with (
+        distributed.LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty,
+        pytest.raises(UserError, match="has no workers"),
+    ):
+        list(map_jobs(square, [1], dask_address=empty.scheduler_address))
+
+
+def test_missing_dask_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match=r"Dask is not installed here.*htr-pipeline\[dask\]"):
+        list(map_jobs(square, [1], dask_address="tcp://127.0.0.1:8786"))
