@@ -329,11 +329,18 @@ def _language(
     max_word_gain, characters, words, entries = ROUNDING, None, None, None
     max_gain = 0.0
     if isinstance(language_model, CharacterNGram):
+        token_of_class = language_model.token_of_class(classes)
+        next_class = np.empty_like(token_of_class)
+        class_of_token = np.full(len(language_model.vocabulary), -1, np.int32)
+        for label, token in enumerate(token_of_class.tolist()):
+            next_class[label], class_of_token[token] = class_of_token[token], label
         characters = Characters(
             language_model.trie,
             language_model.start_state,
-            language_model.token_of_class(classes),
-            len(language_model.vocabulary),
+            token_of_class,
+            class_of_token,
+            next_class,
+            language_model.order,
         )
         max_gain = alpha * language_model.max_log_prob
     if isinstance(language_model, WordNGram):

@@ -14,16 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from htr_pipeline.core.ctc.compilation import compiled
-from htr_pipeline.core.ctc.language_model import END, UNKNOWN, advance, advance_all, child_of
+from htr_pipeline.core.ctc.language_model import END, UNKNOWN, advance, child_of
 
 OTHER, LETTER, SPACE = 0, 1, 2
 ROUNDING = 1e-6  # far above what sums of some hundred float64 scores are off
 
 _compiled = compiled(error_model="numpy")
 _helper = compiled(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-_vectorised = compiled(
-    error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath={"contract"}
-)
+_vectorised = compiled(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath={"contract"})
 
 
 # Numba's cache files hold the names of the tuples below: to rename one means to delete src's __pycache__ folders.
@@ -42,7 +40,9 @@ class Characters(NamedTuple):
     trie: np.ndarray  # (N,) language_model.NODE
     start_state: int
     token_of_class: np.ndarray  # (K,) int32
-    vocabulary_size: int
+    class_of_token: np.ndarray  # (V,) int32: the first of its classes, or -1
+    next_class: np.ndarray  # (K,) int32: the next class of the same token, or -1
+    order: int
 
 
 class Words(NamedTuple):
@@ -86,43 +86,34 @@ _PREFIX = np.dtype(
         ("word", np.int32),  # node in the spelling of the vocabulary: 0 between words, -1 off the trie
         ("word_state", np.int32),  # the state if the last word ended here
         ("entry", np.int32),  # place in the lexicon, see _look_up
+        ("first_child", np.int32),  # place in the beam of a prefix that is one label longer, or -1
+        ("sibling", np.int32),  # place of the next one of the same parent, or -1
+        ("row", np.int32),  # place in _Rows
     ],
     align=True,
 )
 
 
-class _Work(NamedTuple):
-    """Room to work in, for a beam of W prefixes and K classes."""
-
-    # Of a prefix that stays as it is, as in _PREFIX: (W,) float64.
-    blank_score: np.ndarray
-    label_score: np.ndarray
-    ctc_score: np.ndarray
-    # (W,) float64: two parts of label_score, what the prefix has and what it takes over from its parent
-    kept_mass: np.ndarray
-    gained_mass: np.ndarray
-    # (W,) int64: of the prefixes in the beam that are a prefix of the beam and one label, the first; the next with the
-    # same parent; -1 behind the last
-    first_child: np.ndarray
-    sibling: np.ndarray
-    label: np.ndarray  # (K,) int64: labels worth appending, the likeliest first
-    label_log_prob: np.ndarray  # (K,) float64
-    row: np.ndarray  # (W,) int64: place in _Rows
-    # The candidates for the next beam: (C,) float64 what they are ranked by, (C,) int64 see _packed.
-    score: np.ndarray
-    candidate: np.ndarray
+# A label worth appending.
+_LIKELY = np.dtype([("label", np.int64), ("log_prob", np.float64)])
+# Rows of an array (6, W) about the W prefixes of a beam. Numba counts references whenever it takes an array out of a
+# tuple, which every frame would pay for.
+_BLANK_SCORE, _LABEL_SCORE, _CTC_SCORE = 0, 1, 2  # of the prefix as it is after the frame, as in _PREFIX
+_OWN, _INHERITED = 3, 4  # parts of label_score: from the prefix itself, from its parent
+_BOUND = 5  # at least the score after a label of log-probability 0
 
 
 class _Rows(NamedTuple):
     """What a character model says after a state about all classes, for the R states that were asked last."""
 
-    state: np.ndarray  # (R,) int32, -1 where there is nothing yet
+    state: np.ndarray  # (R,) int32, -1 where there is nothing yet; R is a power of two
     log_probs: np.ndarray  # (R, K) float64
+    best: np.ndarray  # (R,) float64, at least the highest of them
     next_states: np.ndarray  # (R, K) int32
     latest: np.ndarray  # (power of two,) int64: by the low bits of a state, the row that was filled last
     oldest: np.ndarray  # (1,) int64: the row to be filled next
-    token_log_probs: np.ndarray  # (V,) float64, to work in
-    token_states: np.ndarray  # (V,) int32, to work in
+    contexts: np.ndarray  # (longest n-gram,) int32, to work in
+    backoffs: np.ndarray  # (longest n-gram,) float64, to work in
 
 
 # 2 ** -n; e^-40, the smallest power wanted, is above the last.
@@ -135,10 +126,10 @@ _L3, _L5, _L7, _L9, _L11, _L13, _L15, _L17, _L19, _L21, _L23, _L25, _L27, _L29, 
 
 
 @_vectorised
-def _log_add(a, b, total, size):
-    """Fills total with log(exp(a) + exp(b)); without branches and calls, so that it becomes vector instructions."""
+def _log_add(scores, a, b, total, size):
+    """Fills a row with log(exp(a) + exp(b)); without branches and calls, so that it becomes vector instructions."""
     for i in range(size):
-        high, low = max(a[i], b[i]), min(a[i], b[i])
+        high, low = max(scores[a, i], scores[b, i]), min(scores[a, i], scores[b, i])
         difference = low - high if low > high - 40.0 else -40.0  # e^-40 is below the resolution of float64
         power = np.floor(difference * _LOG2_E + 0.5)
         x = (difference - power * _LN_2_HIGH) - power * _LN_2_LOW
@@ -151,7 +142,7 @@ def _log_add(a, b, total, size):
         z = s * s
         series = 1.0 + z * (_L3 + z * (_L5 + z * (_L7 + z * (_L9 + z * (_L11 + z * (_L13 + z * (_L15 + z * (_L17 + z * (
             _L19 + z * (_L21 + z * (_L23 + z * (_L25 + z * (_L27 + z * (_L29 + z * _L31))))))))))))))  # fmt: skip
-        total[i] = high + 2.0 * s * series
+        scores[total, i] = high + 2.0 * s * series
 
 
 @_helper
@@ -194,7 +185,7 @@ def _precedes(trie, beam, a, b):
 
 
 @_helper
-def _select(trie, beam, score, candidate, size, width):
+def _select(trie, beam, ranking, candidate, size, width):
     """Moves the `width` best of the first `size` candidates to the front, in any order (Hoare's quickselect).
 
     Returns:
@@ -203,22 +194,22 @@ def _select(trie, beam, score, candidate, size, width):
     first, end = 0, size
     while True:
         middle, last = (first + end) // 2, end - 1  # the pivot is the median of three
-        low, high = min(score[first], score[last]), max(score[first], score[last])
+        low, high = min(ranking[first], ranking[last]), max(ranking[first], ranking[last])
         pivot_place = middle
-        if score[middle] < low:
-            pivot_place = first if score[first] == low else last
-        elif score[middle] > high:
-            pivot_place = first if score[first] == high else last
-        pivot_score, pivot = score[pivot_place], candidate[pivot_place]
-        score[pivot_place], candidate[pivot_place] = score[last], candidate[last]
+        if ranking[middle] < low:
+            pivot_place = first if ranking[first] == low else last
+        elif ranking[middle] > high:
+            pivot_place = first if ranking[first] == high else last
+        pivot_score, pivot = ranking[pivot_place], candidate[pivot_place]
+        ranking[pivot_place], candidate[pivot_place] = ranking[last], candidate[last]
         boundary = first
         for place in range(first, last):
-            key, moved = score[place], candidate[place]
-            score[place], candidate[place] = score[boundary], candidate[boundary]
-            score[boundary], candidate[boundary] = key, moved
+            key, moved = ranking[place], candidate[place]
+            ranking[place], candidate[place] = ranking[boundary], candidate[boundary]
+            ranking[boundary], candidate[boundary] = key, moved
             boundary += key > pivot_score or (key == pivot_score and _precedes(trie, beam, moved, pivot))
-        score[last], candidate[last] = score[boundary], candidate[boundary]
-        score[boundary], candidate[boundary] = pivot_score, pivot
+        ranking[last], candidate[last] = ranking[boundary], candidate[boundary]
+        ranking[boundary], candidate[boundary] = pivot_score, pivot
         if boundary == width - 1:
             return pivot_score
         if boundary < width:
@@ -228,19 +219,35 @@ def _select(trie, beam, score, candidate, size, width):
 
 
 @_helper
-def _row_of(rows, characters, state, room):
-    """A row of the state that holds for the next `room` calls, filled if need be."""
-    place = state & (len(rows.latest) - 1)
-    row = rows.latest[place]
-    if rows.state[row] != state or (row - rows.oldest[0]) % len(rows.state) < room:
-        rows.latest[place] = row = rows.oldest[0]
-        rows.oldest[0] = (row + 1) % len(rows.state)
-        rows.state[row] = state
-        advance_all(characters.trie, state, rows.token_log_probs, rows.token_states)
-        for label in range(len(characters.token_of_class)):
-            token = characters.token_of_class[label]
-            rows.log_probs[row, label] = rows.token_log_probs[token]
-            rows.next_states[row, label] = rows.token_states[token]
+def _new_row(rows, characters, state):
+    """A row of the state, in place of the oldest: what language_model.advance says of every class."""
+    row = rows.oldest[0]
+    rows.oldest[0] = (row + 1) & (len(rows.state) - 1)
+    rows.latest[state & (len(rows.latest) - 1)] = row
+    rows.state[row] = state
+    trie, token_of_class, class_of_token = characters.trie, characters.token_of_class, characters.class_of_token
+    log_probs, next_states, contexts, backoffs = rows.log_probs, rows.next_states, rows.contexts, rows.backoffs
+    depth, backoff = 0, 0.0
+    while state != 0:
+        contexts[depth], backoffs[depth] = state, backoff
+        backoff += trie[state].backoff
+        state = trie[state].suffix
+        depth += 1
+    best = -np.inf
+    for label in range(len(token_of_class)):
+        node = 1 + token_of_class[label]
+        log_probs[row, label], next_states[row, label] = backoff + trie[node].log_prob, trie[node].next_state
+        best = max(best, log_probs[row, label])
+    for place in range(depth - 1, -1, -1):  # longer contexts overrule shorter ones
+        state, backoff = contexts[place], backoffs[place]
+        for child in range(trie[state].first_child, trie[state + 1].first_child):
+            token, log_prob = trie[child].token, backoff + trie[child].log_prob
+            label = class_of_token[token]
+            while label >= 0:  # many classes may be unknown to the model
+                log_probs[row, label], next_states[row, label] = log_prob, trie[child].next_state
+                label = characters.next_class[label]
+            best = max(best, log_prob)
+    rows.best[row] = best
     return row
 
 
@@ -287,7 +294,7 @@ def _look_up(lexicon, entry, label):
 
 
 @_helper
-def _stay(frame, blank, width, trie, beam, size, work):
+def _stay(frame, blank, width, trie, beam, size, scores, ranking, candidate):
     """Prefixes that stay as they are, by a blank or by their last label once more: the first candidates.
 
     A prefix whose parent is in the beam too also takes over the alignments by which the parent grows into it.
@@ -295,131 +302,142 @@ def _stay(frame, blank, width, trie, beam, size, work):
     Returns:
         Their number, and the score that a candidate needs at least.
     """
-    blank_score, label_score, ctc_score = work.blank_score, work.label_score, work.ctc_score
-    kept_mass, gained_mass, first_child, sibling = work.kept_mass, work.gained_mass, work.first_child, work.sibling
-    score, candidate = work.score, work.candidate
-    first_child[:size] = -1
+    for slot in range(size):
+        beam[slot].first_child = -1
     for slot in range(size):
         old = beam[slot]
-        blank_score[slot] = old.ctc_score + frame[blank]
-        kept_mass[slot] = old.label_score
-        gained_mass[slot] = -np.inf
+        scores[_BLANK_SCORE, slot] = old.ctc_score + frame[blank]
+        scores[_OWN, slot] = old.label_score
+        scores[_INHERITED, slot] = -np.inf
         parent_slot = trie[old.parent].slot if old.parent >= 0 else -1
         if parent_slot >= 0:
             parent = beam[parent_slot]
-            gained_mass[slot] = parent.blank_score if parent.label == old.label else parent.ctc_score
-            sibling[slot] = first_child[parent_slot]
-            first_child[parent_slot] = slot
-    _log_add(kept_mass, gained_mass, label_score, size)
+            scores[_INHERITED, slot] = parent.blank_score if parent.label == old.label else parent.ctc_score
+            old.sibling = parent.first_child
+            parent.first_child = slot
+    _log_add(scores, _OWN, _INHERITED, _LABEL_SCORE, size)
     for slot in range(size):
-        label_score[slot] += frame[beam[slot].label]  # for the empty prefix it is -inf, whatever is added
-    _log_add(blank_score, label_score, ctc_score, size)
+        scores[_LABEL_SCORE, slot] += frame[beam[slot].label]  # for the empty prefix it is -inf, whatever is added
+    _log_add(scores, _BLANK_SCORE, _LABEL_SCORE, _CTC_SCORE, size)
     kept = np.int64(0)
     needed = np.inf
     for slot in range(size):
-        if ctc_score[slot] > -np.inf:
-            score[kept], candidate[kept] = ctc_score[slot] + beam[slot].prior, _packed(slot, -1)
-            needed = min(needed, score[kept])
+        if scores[_CTC_SCORE, slot] > -np.inf:
+            ranking[kept], candidate[kept] = scores[_CTC_SCORE, slot] + beam[slot].prior, _packed(slot, -1)
+            needed = min(needed, ranking[kept])
             kept += 1
     return kept, needed if kept == width else -np.inf
 
 
 @_helper
-def _likely_labels(frame, blank, needed, work):
-    """Fills work.label with the labels of at least the log-probability needed, the likeliest first (Shell's sort).
+def _likely_labels(frame, blank, needed, likely):
+    """Fills `likely` with the labels of at least the log-probability needed, the likeliest first (Shell's sort).
 
     Returns:
         Their number.
     """
-    label, log_prob = work.label, work.label_log_prob
     size = np.int64(0)
-    for k in range(len(frame)):
-        if frame[k] >= needed and frame[k] > -np.inf and k != blank:
-            label[size], log_prob[size] = k, frame[k]
+    for label in range(len(frame)):
+        if frame[label] >= needed and frame[label] > -np.inf and label != blank:
+            likely[size].label, likely[size].log_prob = label, frame[label]
             size += 1
     gap = size
     while gap > 1:
         gap = max(5 * gap // 11, 1)
         for place in range(gap, size):
-            k, key = label[place], log_prob[place]
-            while place >= gap and log_prob[place - gap] < key:
-                label[place], log_prob[place] = label[place - gap], log_prob[place - gap]
+            label, log_prob = likely[place].label, likely[place].log_prob
+            while place >= gap and likely[place - gap].log_prob < log_prob:
+                likely[place].label, likely[place].log_prob = likely[place - gap].label, likely[place - gap].log_prob
                 place -= gap
-            label[place], log_prob[place] = k, key
+            likely[place].label, likely[place].log_prob = label, log_prob
     return size
 
 
 @_helper
-def _grow(frame, blank, width, weights, characters, words, lexicon, rows, trie, beam, size, work, kept, needed):
+def _grow(
+    frame, blank, width, weights, characters, words, lexicon, rows, trie, beam, size, scores, likely, ranking,
+    candidate, kept, needed,
+):  # fmt: skip
     """Adds the prefixes that grow by a label to the candidates, and leaves the width best of them.
 
     Returns:
         Their number.
     """
     alpha, beta, max_gain, max_word_gain = weights
-    first_child, sibling, score, candidate = work.first_child, work.sibling, work.score, work.candidate
-    labels, label_log_probs = work.label, work.label_log_prob
     best = -np.inf
     for slot in range(size):
-        best = max(best, beam[slot].ctc_score + beam[slot].prior)
-    num_labels = _likely_labels(frame, blank, needed - best - beta - max_gain, work)
+        scores[_BOUND, slot] = beam[slot].ctc_score + beam[slot].prior + beta + max_gain
+        best = max(best, scores[_BOUND, slot])
+    num_likely = _likely_labels(frame, blank, needed - best, likely)
+    if num_likely == 0:
+        return kept
     if characters is not None:
-        row_log_probs, row_of_slot = rows.log_probs, work.row
-    for slot in range(size if num_labels > 0 else 0):
-        old = beam[slot]
-        # Bounds on what the score can become; the exact one is computed where they suffice.
-        start = old.ctc_score + old.prior + beta
-        if start + label_log_probs[0] + max_gain < needed:
-            continue
-        if characters is not None:
-            row = row_of_slot[slot] = _row_of(rows, characters, old.lm_state, size)
-        for place in range(num_labels):
-            label, log_prob = labels[place], label_log_probs[place]
-            if start + log_prob + max_gain < needed:
-                break
+        row_state, row_log_probs, row_best, latest = rows.state, rows.log_probs, rows.best, rows.latest
+        oldest, num_rows = rows.oldest, len(rows.state)
+        best = -np.inf
+        for slot in range(size):
+            if scores[_BOUND, slot] + likely[0].log_prob < needed:
+                scores[_BOUND, slot] = -np.inf
+                continue
+            old = beam[slot]
+            row = latest[old.lm_state & (len(latest) - 1)]
+            # A row must not be lost before the frame is done, in which there may be as many new ones as prefixes.
+            if row_state[row] != old.lm_state or (row - oldest[0]) & (num_rows - 1) < size:
+                row = _new_row(rows, characters, old.lm_state)
+            old.row = row
+            scores[_BOUND, slot] += alpha * row_best[row] + max_word_gain - max_gain
+            best = max(best, scores[_BOUND, slot])
+    for place in range(num_likely):
+        label, log_prob = likely[place].label, likely[place].log_prob
+        if best + log_prob < needed:
+            break
+        for slot in range(size):
+            if scores[_BOUND, slot] + log_prob < needed:
+                continue
+            old = beam[slot]
+            # A repeated label needs a blank between.
+            ctc_score = (old.blank_score if label == old.label else old.ctc_score) + log_prob
             lm_score, lexicon_score = old.lm_score, old.lexicon_score
             if characters is not None:
-                gain = row_log_probs[row, label]
-                if start + log_prob + alpha * gain + max_word_gain < needed:
-                    continue
-                lm_score += gain
-            child = first_child[slot]
-            while child >= 0 and beam[child].label != label:
-                child = sibling[child]
-            if child >= 0:  # it is in the beam: counted among those that stay
-                continue
+                lm_score += row_log_probs[old.row, label]
             if words is not None:
                 if words.kind[label] == SPACE:
                     _end_word(words, old)
                     lm_score += old.word_log_prob
             if lexicon is not None:
+                bound = ctc_score + (alpha * lm_score + beta * (old.length + 1) + lexicon_score) + max_word_gain
+                if bound < needed:
+                    continue
                 lexicon_score += _look_up(lexicon, old.entry, label)[0]
-            # A repeated label needs a blank between.
-            ctc_score = (old.blank_score if label == old.label else old.ctc_score) + log_prob
-            total = ctc_score + (alpha * lm_score + beta * (old.length + 1) + lexicon_score)
-            if total < needed or total == -np.inf:
+            score = ctc_score + (alpha * lm_score + beta * (old.length + 1) + lexicon_score)
+            if score < needed or score == -np.inf:
                 continue
-            score[kept], candidate[kept] = total, _packed(slot, label)
+            child = old.first_child
+            while child >= 0 and beam[child].label != label:
+                child = beam[child].sibling
+            if child >= 0:  # it is in the beam: counted among those that stay
+                continue
+            ranking[kept], candidate[kept] = score, _packed(slot, label)
             kept += 1
-            if kept == len(score):
-                needed = _select(trie, beam, score, candidate, kept, width)
+            if kept == len(ranking):
+                needed = _select(trie, beam, ranking, candidate, kept, width)
                 kept = width
     if kept > width:
-        _select(trie, beam, score, candidate, kept, width)
+        _select(trie, beam, ranking, candidate, kept, width)
         kept = width
     return kept
 
 
 @_helper
 def _settle(
-    frame, weights, characters, words, lexicon, rows, trie, table, num_nodes, beam, size, next_beam, work, kept
-):
+    frame, weights, characters, words, lexicon, rows, trie, table, num_nodes, beam, size, next_beam, scores, candidate,
+    kept,
+):  # fmt: skip
     """Makes the next beam of the candidates.
 
     Returns:
         The number of nodes in the trie.
     """
-    candidate, blank_score, label_score, ctc_score = work.candidate, work.blank_score, work.label_score, work.ctc_score
     for slot in range(size):
         trie[beam[slot].node].slot = -1
     for place in range(kept):
@@ -427,7 +445,8 @@ def _settle(
         old, new = beam[slot], next_beam[place]
         next_beam[place] = old
         if label < 0:
-            new.blank_score, new.label_score, new.ctc_score = blank_score[slot], label_score[slot], ctc_score[slot]
+            new.blank_score, new.label_score = scores[_BLANK_SCORE, slot], scores[_LABEL_SCORE, slot]
+            new.ctc_score = scores[_CTC_SCORE, slot]
             trie[new.node].slot = place
             continue
         new.parent, new.label, new.length = old.node, label, old.length + 1
@@ -441,9 +460,8 @@ def _settle(
         new.node = table[in_table]
         trie[new.node].slot = place
         if characters is not None:
-            row = work.row[slot]
-            new.lm_score += rows.log_probs[row, label]
-            new.lm_state = rows.next_states[row, label]
+            new.lm_score += rows.log_probs[old.row, label]
+            new.lm_state = rows.next_states[old.row, label]
         if words is not None:
             new.word, new.word_log_prob = 0, np.nan
             if words.kind[label] == SPACE:
@@ -460,7 +478,7 @@ def _settle(
 
 
 @_helper
-def _end(weights, characters, words, lexicon, beam, size, work):
+def _end(weights, characters, words, lexicon, beam, size, ranking, candidate):
     """Makes candidates of the prefixes that may end here, once their last word and the end of the line are scored.
 
     Returns:
@@ -480,7 +498,7 @@ def _end(weights, characters, words, lexicon, beam, size, work):
         found.prior = weights.alpha * found.lm_score + weights.beta * found.length + found.lexicon_score
         score = found.ctc_score + found.prior
         if score > -np.inf:
-            work.score[kept], work.candidate[kept] = score, _packed(slot, -1)
+            ranking[kept], candidate[kept] = score, _packed(slot, -1)
             kept += 1
     return kept
 
@@ -549,34 +567,22 @@ def search(frames, blank, width, top_paths, alpha, beta, max_gain, max_word_gain
         table_size *= 2
     table = np.zeros(table_size, np.int32)
     trie = np.empty(max_nodes, _NODE)
-    capacity = 3 * width
-    work = _Work(
-        np.empty(width),
-        np.empty(width),
-        np.empty(width),
-        np.empty(width),
-        np.empty(width),
-        np.empty(width, np.int64),
-        np.empty(width, np.int64),
-        np.empty(num_classes, np.int64),
-        np.empty(num_classes),
-        np.empty(width, np.int64),
-        np.empty(capacity),
-        np.empty(capacity, np.int64),
-    )
-    num_rows = latest_size = vocabulary_size = 1
+    scores, likely = np.empty((6, width)), np.empty(num_classes, _LIKELY)
+    ranking, candidate = np.empty(2 * width), np.empty(2 * width, np.int64)
+    num_rows = latest_size = order = 1
     if characters is not None:
-        num_rows, vocabulary_size = 4 * width, characters.vocabulary_size
-        while latest_size < 4 * num_rows:
-            latest_size *= 2
+        while num_rows < 4 * width:
+            num_rows *= 2
+        latest_size, order = 4 * num_rows, characters.order
     rows = _Rows(
         np.full(num_rows, -1, np.int32),
         np.empty((num_rows, num_classes)),
+        np.empty(num_rows),
         np.empty((num_rows, num_classes), np.int32),
         np.zeros(latest_size, np.int64),
         np.zeros(1, np.int64),
-        np.empty(vocabulary_size),
-        np.empty(vocabulary_size, np.int32),
+        np.empty(order, np.int32),
+        np.empty(order),
     )
     beam, next_beam = np.empty(width, _PREFIX), np.empty(width, _PREFIX)
     root = beam[0]
@@ -592,28 +598,30 @@ def search(frames, blank, width, top_paths, alpha, beta, max_gain, max_word_gain
     size = num_nodes = np.int64(1)  # not the literal 1, for which Numba would compile the functions below once more
     for t in range(num_frames):
         frame = frames[t]
-        kept, needed = _stay(frame, blank, width, trie, beam, size, work)
+        kept, needed = _stay(frame, blank, width, trie, beam, size, scores, ranking, candidate)
         kept = _grow(
-            frame, blank, width, weights, characters, words, lexicon, rows, trie, beam, size, work, kept, needed
-        )
+            frame, blank, width, weights, characters, words, lexicon, rows, trie, beam, size, scores, likely, ranking,
+            candidate, kept, needed,
+        )  # fmt: skip
         num_nodes = _settle(
-            frame, weights, characters, words, lexicon, rows, trie, table, num_nodes, beam, size, next_beam, work, kept
-        )
+            frame, weights, characters, words, lexicon, rows, trie, table, num_nodes, beam, size, next_beam, scores,
+            candidate, kept,
+        )  # fmt: skip
         beam, next_beam, size = next_beam, beam, kept
-    size = _end(weights, characters, words, lexicon, beam, size, work)
+    size = _end(weights, characters, words, lexicon, beam, size, ranking, candidate)
 
     num_paths = min(size, top_paths)
     if size > num_paths:
-        _select(trie, beam, work.score, work.candidate, size, num_paths)
+        _select(trie, beam, ranking, candidate, size, num_paths)
     lengths = np.empty(num_paths, np.int64)
     scores = np.empty((num_paths, 4), np.float64)
     labels = np.empty((num_paths, num_frames), np.int32)
     spans = np.empty((num_paths, num_frames, 2), np.int32)
     confidences = np.empty((num_paths, num_frames), np.float64)
     for path in range(num_paths):
-        found = beam[_unpacked(work.candidate[path])[0]]
+        found = beam[_unpacked(candidate[path])[0]]
         lengths[path] = length = found.length
-        scores[path, 0], scores[path, 1] = work.score[path], found.ctc_score
+        scores[path, 0], scores[path, 1] = ranking[path], found.ctc_score
         scores[path, 2], scores[path, 3] = found.lm_score, found.lexicon_score
         node = found.node
         for place in range(length - 1, -1, -1):
