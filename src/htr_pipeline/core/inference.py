@@ -1,5 +1,6 @@
 """The trained network applied: line images to log-probabilities, log-probabilities to text."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from htr_pipeline.core.batching import Line, collate
-from htr_pipeline.core.ctc.decoding import Hypothesis, beam_search, greedy_search, line_confidence
+from htr_pipeline.core.ctc.decoding import Hypothesis, beam_search, greedy_search, line_confidence, warm_up
 from htr_pipeline.core.ctc.language_model import CharacterNGram
 from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.recipe import DecodingConfig
@@ -51,6 +52,7 @@ class Network:
             return tf.nn.log_softmax(tf.cast(logits, tf.float32))
 
         self._compute = compute
+        threading.Thread(target=warm_up, daemon=True).start()  # while the network reads the first lines
 
     def log_probs(self, lines: Sequence[Line]) -> list[np.ndarray]:
         """(T, K) float32 natural log-probabilities of each line, T its own number of frames."""

@@ -140,7 +140,8 @@ def beam_search(
         alpha: weight of the language model, at least 0.
         beta: nats gained by each label, against the taste of language models for short lines.
         lexicon: the words that are allowed, or wanted.
-        num_threads: lines searched at the same time; None: one on every core that this process may use.
+        num_threads: lines searched at the same time, at most one on every core that this process may use; None: that
+            many.
 
     Returns:
         For each line at most top_paths hypotheses, best first: fewer where the beam holds fewer of non-zero
@@ -191,9 +192,12 @@ def beam_search(
 def warm_up() -> None:
     """Compiles beam_search, or reads it from the cache of an earlier run, so that the first line need not wait for it.
 
-    Runs beside the loading of data as Thread(target=warm_up, daemon=True).start().
+    First without a language model, then with one of characters. Runs beside the loading of data as
+    Thread(target=warm_up, daemon=True).start().
     """
-    beam_search(np.zeros((1, 1, 1)))
+    nothing = np.zeros((1, 1, 1))
+    beam_search(nothing)
+    beam_search(nothing, characters="", language_model=CharacterNGram.train([""], 1))
 
 
 def _impossible_line(is_space: np.ndarray | None) -> Hypothesis:

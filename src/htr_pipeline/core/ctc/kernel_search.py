@@ -96,11 +96,12 @@ _PREFIX = np.dtype(
 
 # A label worth appending.
 _LIKELY = np.dtype([("label", np.int64), ("log_prob", np.float64)])
-# Rows of an array (6, W) about the W prefixes of a beam. Numba counts references whenever it takes an array out of a
+# Rows of an array (7, W) about the W prefixes of a beam. Numba counts references whenever it takes an array out of a
 # tuple, which every frame would pay for.
 _BLANK_SCORE, _LABEL_SCORE, _CTC_SCORE = 0, 1, 2  # of the prefix as it is after the frame, as in _PREFIX
 _OWN, _INHERITED = 3, 4  # parts of label_score: from the prefix itself, from its parent
-_BOUND = 5  # at least the score after a label of log-probability 0
+_FRAME = 5  # log-probability of the last label in the frame
+_BOUND = 6  # at least the score after a label of log-probability 0
 
 
 class _Rows(NamedTuple):
@@ -219,6 +220,23 @@ def _select(trie, beam, ranking, candidate, size, width):
 
 
 @_helper
+def _rows(characters, width, num_classes):
+    num_rows = 4
+    while num_rows < 4 * width:
+        num_rows *= 2
+    return _Rows(
+        np.full(num_rows, -1, np.int32),
+        np.empty((num_rows, num_classes)),
+        np.empty(num_rows),
+        np.empty((num_rows, num_classes), np.int32),
+        np.zeros(4 * num_rows, np.int64),
+        np.zeros(1, np.int64),
+        np.empty(characters.order, np.int32),
+        np.empty(characters.order),
+    )
+
+
+@_helper
 def _new_row(rows, characters, state):
     """A row of the state, in place of the oldest: what language_model.advance says of every class."""
     row = rows.oldest[0]
@@ -309,16 +327,18 @@ def _stay(frame, blank, width, trie, beam, size, scores, ranking, candidate):
         scores[_BLANK_SCORE, slot] = old.ctc_score + frame[blank]
         scores[_OWN, slot] = old.label_score
         scores[_INHERITED, slot] = -np.inf
+        scores[_FRAME, slot] = frame[max(old.label, 0)]  # the empty prefix has no mass that ends in a label
         parent_slot = trie[old.parent].slot if old.parent >= 0 else -1
         if parent_slot >= 0:
             parent = beam[parent_slot]
             scores[_INHERITED, slot] = parent.blank_score if parent.label == old.label else parent.ctc_score
             old.sibling = parent.first_child
             parent.first_child = slot
-    _log_add(scores, _OWN, _INHERITED, _LABEL_SCORE, size)
+    # As literals the rows would have the function compiled for each call.
+    _log_add(scores, np.int64(_OWN), np.int64(_INHERITED), np.int64(_LABEL_SCORE), size)
     for slot in range(size):
-        scores[_LABEL_SCORE, slot] += frame[beam[slot].label]  # for the empty prefix it is -inf, whatever is added
-    _log_add(scores, _BLANK_SCORE, _LABEL_SCORE, _CTC_SCORE, size)
+        scores[_LABEL_SCORE, slot] += scores[_FRAME, slot]
+    _log_add(scores, np.int64(_BLANK_SCORE), np.int64(_LABEL_SCORE), np.int64(_CTC_SCORE), size)
     kept = np.int64(0)
     needed = np.inf
     for slot in range(size):
@@ -567,23 +587,11 @@ def search(frames, blank, width, top_paths, alpha, beta, max_gain, max_word_gain
         table_size *= 2
     table = np.zeros(table_size, np.int32)
     trie = np.empty(max_nodes, _NODE)
-    scores, likely = np.empty((6, width)), np.empty(num_classes, _LIKELY)
+    scores, likely = np.empty((7, width)), np.empty(num_classes, _LIKELY)
     ranking, candidate = np.empty(2 * width), np.empty(2 * width, np.int64)
-    num_rows = latest_size = order = 1
+    rows = None
     if characters is not None:
-        while num_rows < 4 * width:
-            num_rows *= 2
-        latest_size, order = 4 * num_rows, characters.order
-    rows = _Rows(
-        np.full(num_rows, -1, np.int32),
-        np.empty((num_rows, num_classes)),
-        np.empty(num_rows),
-        np.empty((num_rows, num_classes), np.int32),
-        np.zeros(latest_size, np.int64),
-        np.zeros(1, np.int64),
-        np.empty(order, np.int32),
-        np.empty(order),
-    )
+        rows = _rows(characters, width, num_classes)
     beam, next_beam = np.empty(width, _PREFIX), np.empty(width, _PREFIX)
     root = beam[0]
     root.node, root.parent, root.label, root.length = 0, -1, -1, 0
