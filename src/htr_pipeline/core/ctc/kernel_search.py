@@ -356,7 +356,7 @@ def _likely_labels(frame, blank, needed, likely):
     Returns:
         Their number.
     """
-    size = np.int64(0)
+    size = 0
     for label in range(len(frame)):
         if frame[label] >= needed and frame[label] > -np.inf and label != blank:
             likely[size].label, likely[size].log_prob = label, frame[label]
