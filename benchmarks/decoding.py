@@ -1,12 +1,12 @@
 """Time and scores of our beam search beside others on the same matrices: `python benchmarks/decoding.py`.
 
 Needs the project's own dependencies. fast-ctc-decode, flashlight-text, ctc-beam-decoder and pyctcdecode (with kenlm)
-join where they are installed; pyctcdecode asks for NumPy 1, but runs
-after `pip install --no-deps pyctcdecode pygtrie`. The matrices spell lines of the demo's prose: "peaky" as a trained network does it, with
-wrong readings beside the right ones, "flat" as an untrained one. Models of characters (order 6) and words (order 3) are
-trained on that prose and given to all as the same ARPA file, with the same weights; those who prune further do so by
-their own defaults. The decoders take turns, so that a busy machine slows them all, and may use all cores; figures are
-median milliseconds, a decoder that takes longer than ten seconds runs once. "score" is the mean over the lines of what
+join where they are installed; pyctcdecode asks for NumPy 1, but runs after `pip install --no-deps pyctcdecode pygtrie`.
+The matrices spell lines of the demo's prose: "peaky" as a trained network does it, with wrong readings beside the right
+ones, "flat" as an untrained one. Models of characters (order 6) and words (order 3) are trained on that prose and given
+to all as the same ARPA file, with the same weight; those who prune further do so by their own defaults. The decoders
+take turns, so that a busy machine slows them all, and may use all cores; figures are median milliseconds, a decoder
+that takes longer than ten seconds runs once. "score" is the mean over the lines of what
 the search is after, log P(text | matrix) + alpha log P(text), of the texts found, computed by us.
 """
 
