@@ -1,5 +1,6 @@
 """The trained network applied: line images to log-probabilities, log-probabilities to text."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,7 +12,7 @@ import tensorflow as tf
 
 from htr_pipeline.core.batching import Line, collate
 from htr_pipeline.core.calibration import Calibration
-from htr_pipeline.core.ctc.decoding import Hypothesis, beam_search, greedy_search, line_confidence
+from htr_pipeline.core.ctc.decoding import Hypothesis, beam_search, greedy_search, line_confidence, warm_up
 from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
 from htr_pipeline.core.ctc.lexicon import Lexicon
 from htr_pipeline.core.image import num_frames
@@ -66,6 +67,7 @@ class Network:
             return tf.nn.log_softmax(tf.cast(logits, tf.float32))
 
         self._compute = compute
+        threading.Thread(target=warm_up, daemon=True).start()  # while the network reads the first lines
 
     def log_probs(self, lines: Sequence[Line]) -> list[np.ndarray]:
         """(T, K) float32 natural log-probabilities of each line, T its own number of frames."""

@@ -18,7 +18,6 @@ from htr_pipeline.core.ctc.language_model import (
     CharacterNGram,
     WordNGram,
     advance,
-    advance_all,
     load_language_model,
 )
 from htr_pipeline.core.text import Charset
@@ -236,18 +235,6 @@ def test_advance_from_compiled_code_gives_the_score():
     model = CharacterNGram.train(texts, 4)
     for text in [*texts[:10], "zz a"]:
         assert walk(model.trie, model.start_state, model.encode(text)) == model.score(text)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_all_tokens_at_once_are_the_tokens_one_by_one(dtype):
-    model = CharacterNGram.train(random_texts(17, 80), 4)
-    size = len(model.vocabulary)
-    log_probs, states = np.empty(size, dtype), np.empty(size, np.int32)
-    for state in states_of(model):
-        advance_all(model.trie, state, log_probs, states)
-        single = [advance(model.trie, state, token) for token in range(size)]
-        np.testing.assert_allclose(log_probs, [log_prob for log_prob, _ in single], rtol=1e-6)
-        assert states.tolist() == [after for _, after in single]
 
 
 def test_histories_that_predict_alike_share_a_state():

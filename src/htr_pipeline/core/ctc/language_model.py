@@ -96,37 +96,13 @@ def advance(trie, state, token):
     return log_prob + trie[1 + token].log_prob, trie[1 + token].next_state
 
 
-@_compiled
-def advance_all(trie, state, log_probs, states):
-    """What advance gives for every token at once: faster as soon as some ten tokens are wanted of one state.
-
-    Args:
-        trie: (N,) NODE, the trie of a model.
-        state: a state of that model.
-        log_probs: (V,) float64 or float32, filled.
-        states: (V,) int32, filled.
-    """
-    states[:] = -1
-    backoff = 0.0
-    while True:
-        for child in range(trie[state].first_child, trie[state + 1].first_child):
-            token = trie[child].token
-            if states[token] < 0:  # not seen after a longer context
-                log_probs[token] = backoff + trie[child].log_prob
-                states[token] = trie[child].next_state
-        if state == 0:
-            return
-        backoff += trie[state].backoff
-        state = trie[state].suffix
-
-
 class _NGram(abc.ABC):
     """What character and word models share; use CharacterNGram or WordNGram.
 
     Attributes:
         order: longest n-gram, 1 or more.
         vocabulary: the V tokens: <unk>, <s>, </s>, then the others in code point order.
-        trie: (N,) NODE, for advance and advance_all.
+        trie: (N,) NODE, for advance.
         start_state: state at the beginning of a line.
     """
 
