@@ -599,7 +599,7 @@ def test_lines_that_official_splits_leave_out_do_not_stop_the_run(tmp_path):
     ]
     config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_rejected_share=0.0)
     imported = to_table(good_lines(), MANIFEST), to_table(left_out, REJECTED_LINES), []
-    validated, rejected, summary = validate_lines(*imported, config, ImageConfig())
+    validated, rejected, _, summary = validate_lines(*imported, config, ImageConfig())
     assert check_manifest(validated, rejected, summary, config).num_rows == 12
     assert summary["reasons"] == {LEFT_OUT: 100}
 

@@ -60,6 +60,7 @@ def feature_row(rng, split, number):
         "ink_share": 0.1,
         "contrast": 0.8,
         "slant_degrees": 0.0,
+        "content_hash": f"{split}-{number}",
     }
 
 
