@@ -627,7 +627,7 @@ def test_line_that_unpacks_to_more_than_memory_is_refused_before_it_is_read(tmp_
     (tmp_path / "model.arpa.gz").write_bytes(gzip.compress(b"a" * (64 << 20)))
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match="line 1: found .*expected lines of less than"):
+        with pytest.raises(ValueError, match=r"line 1: found .*expected lines of less than"):
             CharacterNGram.from_arpa(tmp_path / "model.arpa.gz")
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
