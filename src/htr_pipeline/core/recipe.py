@@ -76,7 +76,7 @@ class DecodingConfig:
             if not isinstance(word, str) or isinstance(weight, bool) or not isinstance(weight, int | float):
                 raise UserError(f"decoding.hot_words has {word!r}: {weight!r}. Expected a word and a number of nats.")
         try:
-            Lexicon(hot_words=self._normalised_hot_words())
+            Lexicon(hot_words=self.normalised_hot_words())
         except ValueError as exc:
             raise UserError(f"decoding.hot_words: {exc}") from None
 
@@ -86,13 +86,13 @@ class DecodingConfig:
         Args:
             words: the known words; not looked at where the lexicon is off.
         """
-        hot_words = self._normalised_hot_words()
+        hot_words = self.normalised_hot_words()
         if self.lexicon in ("off", False):
             return Lexicon(unknown_price=0.0, hot_words=hot_words) if hot_words else None
         price = math.inf if self.lexicon == "strict" else self.unknown_word_price
         return Lexicon(words, unknown_price=price, hot_words=hot_words)
 
-    def _normalised_hot_words(self) -> dict[str, float]:
+    def normalised_hot_words(self) -> dict[str, float]:
         """As the network writes them: a decomposed é would never be found."""
         return {normalise_text(word): weight for word, weight in self.hot_words.items()}
 
