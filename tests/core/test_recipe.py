@@ -23,6 +23,10 @@ def test_strict_lexicon_forbids_and_open_lexicon_charges_for_unknown_words():
     assert charging.score("la Seine") == 1.5 - 2.5
 
 
+def test_hot_words_are_normalised_as_the_texts_are():
+    assert DecodingConfig(hot_words={"cafe\u0301": 3.0}).build_lexicon([]).score("caf\u00e9") == 3.0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -31,6 +35,10 @@ def test_strict_lexicon_forbids_and_open_lexicon_charges_for_unknown_words():
         ({"hot_words": {1914: 2.0}}, r"decoding\.hot_words has 1914: 2\.0\. Expected a word and a number"),
         ({"hot_words": {"Verdun": "much"}}, r"decoding\.hot_words has 'Verdun': 'much'\. Expected"),
         ({"hot_words": {"Verdun": math.inf}}, r"decoding\.hot_words: hot word 'Verdun' has weight inf"),
+        ({"hot_words": {"Verdun": 1, "Verdun,": 2}}, r"decoding\.hot_words: .* are looked up as one word"),
+        ({"alpha": math.inf}, r"decoding\.alpha = inf: expected a number or null from 0\.0 to 100\.0"),
+        ({"beta": math.nan}, r"decoding\.beta = nan: expected a number or null from -100\.0 to 100\.0"),
+        ({"beam_width": 10**9}, r"decoding\.beam_width = 1000000000: expected a whole number from 1 to 10000"),
         ({"lexicon": "closed"}, r"decoding\.lexicon = 'closed': expected one of 'off', False, 'strict', 'open'"),
         ({"unknown_word_price": -1.0}, r"decoding\.unknown_word_price = -1\.0: expected a number of at least 0"),
     ],

@@ -166,7 +166,7 @@ def test_lines_read_as_empty_do_not_stop_anything():
     assert metrics["calibration"]["greedy"]["characters"]["after"]["num"] == 0
 
 
-def test_network_computes_every_line_once_and_every_decoder_reads_it(monkeypatch):
+def test_network_computes_every_line_once_and_every_decoder_reads_it(monkeypatch, caplog):
     pytest.importorskip("keras")
     from htr_pipeline.core.inference import Network
     from htr_pipeline.core.model import build_model
@@ -185,8 +185,9 @@ def test_network_computes_every_line_once_and_every_decoder_reads_it(monkeypatch
         charset.to_json(),
         CharacterNGram.train(["abc def", "gh"], order=2),
         "abc\ndef\n",
-        DecodingConfig(beam_width=3, lexicon="open", alpha=0.3),
+        DecodingConfig(beam_width=3, lexicon="open", alpha=0.3, hot_words={"abc": 1.0, "Österreich": 2.0}),
     )
+    assert "cannot write the hot words Österreich:" in caplog.text
     assert sorted(computed) == sorted({*table["line_id"].to_pylist()})
     assert len(computed) == 8
     assert len(table) == 8 * len(DECODERS)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.ctc.lexicon import Lexicon
+from htr_pipeline.core.text import normalise_text
 
 
 @config("model")
@@ -56,10 +57,10 @@ class DecodingConfig:
     """How network outputs become text; language model, lexicon and hot words are those of beam_lm."""
 
     decoder: str = setting(default="beam_lm", choices=DECODERS)  # of headline, gate and served model
-    beam_width: int = setting(default=20, minimum=1)
+    beam_width: int = setting(default=20, minimum=1, maximum=10_000)  # requests set it too: a bound of memory
     # Weight of the language model, bonus for each character. None: tuned on the validation lines.
-    alpha: float | None = setting(default=None, minimum=0.0)
-    beta: float | None = setting(default=None)
+    alpha: float | None = setting(default=None, minimum=0.0, maximum=100.0)
+    beta: float | None = setting(default=None, minimum=-100.0, maximum=100.0)
     lexicon: str | bool = setting(default="off", choices=("off", False, "strict", "open"))  # YAML reads off as False
     lexicon_words: str | None = setting(default=None)  # file of words; None: those of the language model's texts
     unknown_word_price: float = setting(default=4.0, minimum=0.0)  # nats, of an open lexicon
@@ -75,7 +76,7 @@ class DecodingConfig:
             if not isinstance(word, str) or isinstance(weight, bool) or not isinstance(weight, int | float):
                 raise UserError(f"decoding.hot_words has {word!r}: {weight!r}. Expected a word and a number of nats.")
         try:
-            Lexicon(hot_words=self.hot_words)
+            Lexicon(hot_words=self.normalised_hot_words())
         except ValueError as exc:
             raise UserError(f"decoding.hot_words: {exc}") from None
 
@@ -85,10 +86,15 @@ class DecodingConfig:
         Args:
             words: the known words; not looked at where the lexicon is off.
         """
+        hot_words = self.normalised_hot_words()
         if self.lexicon in ("off", False):
-            return Lexicon(unknown_price=0.0, hot_words=self.hot_words) if self.hot_words else None
+            return Lexicon(unknown_price=0.0, hot_words=hot_words) if hot_words else None
         price = math.inf if self.lexicon == "strict" else self.unknown_word_price
-        return Lexicon(words, unknown_price=price, hot_words=self.hot_words)
+        return Lexicon(words, unknown_price=price, hot_words=hot_words)
+
+    def normalised_hot_words(self) -> dict[str, float]:
+        """As the network writes them: a decomposed é would never be found."""
+        return {normalise_text(word): weight for word, weight in self.hot_words.items()}
 
 
 @config("language_model")

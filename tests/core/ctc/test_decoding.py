@@ -646,7 +646,7 @@ class TestWrongInput:
         with pytest.raises(ValueError, match=r"float64: expected whole numbers"):
             search(log_probs, [3.0, 3.0])
 
-    @pytest.mark.parametrize("blank_index", [4, -5])
+    @pytest.mark.parametrize("blank_index", [4, -5, 1.0, None])
     def test_blank(self, search, blank_index):
         with pytest.raises(ValueError, match=rf"blank_index = {blank_index}: expected -4 to 3 for 4 classes"):
             search(np.zeros((1, 3, 4)), blank_index=blank_index)
@@ -657,3 +657,9 @@ class TestWrongInput:
 def test_counts_are_whole_numbers_of_at_least_one(argument, wrong):
     with pytest.raises(ValueError, match=f"{argument} = {wrong}: expected a whole number of at least 1"):
         beam_search(np.zeros((1, 3, 4)), **{argument: wrong})
+
+
+def test_more_paths_wanted_than_any_integer_counts():
+    assert (
+        len(beam_search(random_log_probs(5, 1, 2, 3), beam_width=10**30, top_paths=10**30)[0]) == 5
+    )  # '', a, b, ab, ba

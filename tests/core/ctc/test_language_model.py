@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import tracemalloc
 import zipfile
 from collections import Counter, defaultdict
 
@@ -436,6 +437,18 @@ def test_arpa_round_trip_keeps_the_scores(order, tmp_path):
             assert read.score(text) == pytest.approx(model.score(text), abs=1e-5)
 
 
+def test_arpa_round_trip_keeps_every_bit():
+    model = CharacterNGram.train(random_texts(33, 300), 5)
+    assert (CharacterNGram.from_arpa(arpa_of(model).splitlines()).trie == model.trie).all()
+
+
+def test_byte_order_mark_is_a_mark_before_the_file_and_a_character_within():
+    model = CharacterNGram.train(["\ufeffa", "a\ufeff"], 2)
+    read = CharacterNGram.from_arpa(("\ufeff" + arpa_of(model)).splitlines())
+    assert read.vocabulary == model.vocabulary
+    assert read.score("a\ufeffa") == pytest.approx(model.score("a\ufeffa"), abs=1e-5)
+
+
 def test_arpa_round_trip_of_words():
     model = WordNGram.train(["a b c", "a b", "c, a\u00a0b"])
     read = WordNGram.from_arpa(arpa_of(model).split("\n"))
@@ -608,6 +621,17 @@ def test_arpa_that_is_not_text_is_refused(tmp_path):
     for name in ("model.arpa", "model.arpa.gz"):
         with pytest.raises(ValueError, match="cannot be read as UTF-8 text"):
             CharacterNGram.from_arpa(tmp_path / name)
+
+
+def test_line_that_unpacks_to_more_than_memory_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "model.arpa.gz").write_bytes(gzip.compress(b"a" * (64 << 20)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"line 1: found .*expected lines of less than"):
+            CharacterNGram.from_arpa(tmp_path / "model.arpa.gz")
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_damaged_arpa_is_read_or_refused_but_never_crashes():

@@ -99,3 +99,7 @@ class TestLexicon:
             Lexicon(["mot"], unknown_price=math.nan)
         with pytest.raises(ValueError, match="hot word 'mot' has weight inf"):
             Lexicon(hot_words={"mot": math.inf})
+        with pytest.raises(ValueError, match="hot word 'mot' has weight -1e\\+300: expected nats from -1e\\+06 to 1e"):
+            Lexicon(hot_words={"mot": -1e300})
+        with pytest.raises(ValueError, match="'mot' and 'mot,' are looked up as one word"):
+            Lexicon(hot_words={"mot": 1.0, "mot,": 2.0})

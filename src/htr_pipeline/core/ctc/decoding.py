@@ -167,7 +167,8 @@ def beam_search(
     def search_line(frames: np.ndarray) -> list[Hypothesis]:
         # Frames of K classes lead to at most this many prefixes, so a wider beam would only cost memory.
         width = _num_prefixes(len(frames), frames.shape[1], beam_width)
-        lengths, scores, labels, spans, confidences = search(frames, blank, width, top_paths, *language)
+        num_paths = min(width, top_paths)
+        lengths, scores, labels, spans, confidences = search(frames, blank, width, num_paths, *language)
         hypotheses = [
             Hypothesis(
                 labels=labels[path, :length],
@@ -259,7 +260,7 @@ def _checked_lines(
             "Give a single line as log_probs[None]."
         )
     num_lines, num_frames, num_classes = values.shape
-    if not -num_classes <= blank_index < num_classes:
+    if not isinstance(blank_index, int | np.integer) or not -num_classes <= blank_index < num_classes:
         raise ValueError(
             f"blank_index = {blank_index}: expected {-num_classes} to {num_classes - 1} for {num_classes} classes."
         )

@@ -35,6 +35,7 @@ _MAX_ORDER = 32
 _FORMAT = "htr_pipeline n-gram 1"
 _ARRAYS = ("token", "num_children", "log_prob", "backoff")
 _LN_10 = math.log(10)
+_LONGEST_LINE = 1 << 20  # of an ARPA file, in characters; an n-gram takes some dozens
 _ARPA_ZERO = -99.0  # what ARPA files write for log10 of zero
 _LARGEST_LOG = -_ARPA_ZERO * _LN_10
 # Used where a corpus is too small to estimate discounts, as lmplz --discount_fallback does.
@@ -244,7 +245,9 @@ class _NGram(abc.ABC):
             lines: Iterable[str] = source  # type: ignore[assignment]
             if isinstance(source, str | os.PathLike):
                 opener = gzip.open if Path(source).suffix == ".gz" else open
-                lines = stack.enter_context(opener(source, "rt", encoding="utf-8", newline="\n"))  # type: ignore[operator]
+                stream = stack.enter_context(opener(source, "rt", encoding="utf-8", newline="\n"))  # type: ignore[operator]
+                # Some kilobytes of .gz could unpack to one line that no memory holds.
+                lines = iter(lambda: stream.readline(_LONGEST_LINE), "")
             name = _name(source)
             arpa = _ArpaParser(name)
             try:
@@ -305,8 +308,8 @@ class _NGram(abc.ABC):
                 stream.write(f"\n\\{order}-grams:\n")
                 for node, gram in enumerate(grams, begin):
                     has_backoff = first_child[node] < first_child[node + 1] or backoffs[node] != 0
-                    backoff = f"\t{backoffs[node]:.8g}" if has_backoff else ""
-                    stream.write(f"{log_probs[node]:.8g}\t{gram}{backoff}\n")
+                    backoff = f"\t{backoffs[node]:.9g}" if has_backoff else ""
+                    stream.write(f"{log_probs[node]:.9g}\t{gram}{backoff}\n")
             stream.write("\n\\end\\\n")
 
     @staticmethod
@@ -655,7 +658,11 @@ class _ArpaParser:
     def read(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.line_number += 1
-            self._take(line.strip(" \t\r\n\ufeff"))
+            if len(line) >= _LONGEST_LINE:
+                raise self._failure(line, f"lines of less than {_LONGEST_LINE} characters")
+            if self.line_number == 1:
+                line = line.removeprefix("\ufeff")  # the mark that some editors put before UTF-8
+            self._take(line.strip(" \t\r\n"))
             if self.is_complete:
                 return
         raise self._failure("the end of the file", self._expected_heading())

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_LARGEST_WEIGHT = 1e6  # beyond it, what the network says of a character would be lost in rounding
+
 # Breadth first: node 0 is the beginning of a word; the children of a node stand together, by class. One more record at
 # the end closes the last node's children.
 SPELLING = np.dtype(
@@ -97,7 +99,7 @@ class Lexicon:
             make a word less likely. Lexicon(unknown_price=0, hot_words=...) prefers words and restricts nothing.
 
     Raises:
-        ValueError: a word has white space or no letter, or a number is out of range.
+        ValueError: a word has white space or no letter, a hot word is given twice, or a number is out of range.
     """
 
     def __init__(
@@ -115,10 +117,18 @@ class Lexicon:
         self._weights: dict[str, float] = {}
         for word in words:
             self._weights[self._checked(word)] = 0.0
+        hot: dict[str, str] = {}
         for word, weight in hot_words.items():
-            if not math.isfinite(weight):
-                raise ValueError(f"hot word {word!r} has weight {weight}: expected a finite number of nats.")
-            self._weights[self._checked(word)] = float(weight)
+            if not abs(weight) <= _LARGEST_WEIGHT:
+                raise ValueError(
+                    f"hot word {word!r} has weight {weight}: expected nats from {-_LARGEST_WEIGHT:g} to "
+                    f"{_LARGEST_WEIGHT:g}."
+                )
+            bare = self._checked(word)
+            if bare in hot:
+                raise ValueError(f"hot words {hot[bare]!r} and {word!r} are looked up as one word: give it one weight.")
+            hot[bare] = word
+            self._weights[bare] = float(weight)
         self._bound: tuple[tuple[str, ...], BoundLexicon] | None = None
 
     @staticmethod

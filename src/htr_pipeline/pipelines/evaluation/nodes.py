@@ -58,7 +58,12 @@ def read_lines(
     """
     from htr_pipeline.core.inference import Network
 
-    network, known = Network(model, Charset.from_json(charset)), decoding.build_lexicon(lexicon.split())
+    characters = Charset.from_json(charset)
+    network, known = Network(model, characters), decoding.build_lexicon(lexicon.split())
+    unwritable = [word for word in decoding.normalised_hot_words() if not all(map(characters.__contains__, word))]
+    if unwritable:
+        logger.warning("The network cannot write the hot words %s: no training text has all their characters.",
+                       ", ".join(unwritable))  # fmt: skip
     columns = features.figures().select(["line_id", "split", "writer_id", "group"]).to_pylist()
     lines_by_id = {row["line_id"]: row for row in columns if row["split"] in _SPLITS}
 
