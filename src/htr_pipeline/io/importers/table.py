@@ -191,7 +191,7 @@ def _byte_leaves(file: Path, columns: Sequence[str]) -> list[str]:
     return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.path.split(".")[0] in columns]
 
 
-def _num_bytes(array: pa.Array) -> int:
+def _num_bytes(array: Any) -> int:
     """Bytes of an array's values, those of a dictionary as often as they occur."""
     if pa.types.is_struct(array.type):
         return sum(_num_bytes(part) for part in array.flatten())
