@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -349,3 +350,15 @@ def test_real_pages_change_in_the_texts_only(tmp_path, name, format):
         old = (SHARED / name / file.relative_to(tmp_path)).read_bytes()
         assert file.read_bytes() != old
         assert without(file.read_bytes(), changed) == without(old, changed)
+
+
+def test_time_is_linear_in_the_white_space_of_a_tag():
+    blank = " " * 300_000  # minutes, if it were quadratic
+    page = f'<PcGts><Page><TextRegion><TextLine id="a"><TextEquiv{blank}index="0"{blank}><Unicode{blank}a=""{blank}/>'
+    page += "</TextEquiv></TextLine></TextRegion></Page></PcGts>"
+    alto = f'<alto><TextLine ID="a"><String{blank}CONTENT="x"{blank}VPOS="1"/></TextLine></alto>'
+    start = time.process_time()
+    readings = {"a": Reading("new", 0.5)}
+    assert f'<Unicode{blank}a="">new</Unicode>'.encode() in edit_page(page.encode(), readings)
+    assert f'{blank}CONTENT="new"{blank}VPOS="1" WC="0.5000"/>'.encode() in edit_alto(alto.encode(), readings)
+    assert time.process_time() - start < 10

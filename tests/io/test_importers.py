@@ -1,6 +1,7 @@
 import hashlib
 import io
 import re
+import resource
 import shutil
 import struct
 import tracemalloc
@@ -415,6 +416,24 @@ def test_table_that_unpacks_to_far_more_than_it_holds_is_not_read(tmp_path, unpa
     with pytest.raises(UserError, match=r"t\.parquet: \d+ bytes that unpack to \d+.*not read"):
         import_lines(tmp_path / "t.parquet", config=unpacking)
     assert not (tmp_path / "unpacked").exists()
+
+
+def test_value_that_a_table_holds_once_and_shows_everywhere_is_not_unpacked(tmp_path):
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), ["x" * 200_000])
+    pq.write_table(pa.table({"image": ["l.png"] * 20_000, "text": text}), tmp_path / "t.parquet")
+    assert (tmp_path / "t.parquet").stat().st_size < 100_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"t\.parquet: \d+ bytes that unpack to \d+.*not read"):
+        import_lines(tmp_path / "t.parquet")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB; the texts are 4 GB
+
+
+def test_columns_with_the_same_name_are_refused_in_every_kind_of_table(tmp_path):
+    pq.write_table(pa.table([["l.png"], ["a"], ["b"]], names=["image", "text", "text"]), tmp_path / "t.parquet")
+    (tmp_path / "t.tsv").write_text("image\ttext\ttext\nl.png\ta\tb\n")
+    for name in ("t.parquet", "t.tsv"):
+        with pytest.raises(UserError, match=rf"{name}: columns with the same name: 'text'"):
+            import_lines(tmp_path / name)
 
 
 def test_names_within_a_table_cannot_lead_out_of_the_folder(tmp_path, unpacking):

@@ -190,6 +190,22 @@ def test_no_line_left_stops_the_run_whatever_the_share(tmp_path):
         check_manifest(validated, rejected, summary, config)
 
 
+def test_sentence_that_holds_for_many_lines_is_shown_once(tmp_path):
+    pages = [("b.xml", 30), ("c.xml", 1)]
+    rejections = [
+        {"line_id": f"{file}/{i:02}", "file": file, "stage": "import", "reason": "missing_image", "detail": "no image"}
+        for file, num_lines in pages
+        for i in range(num_lines)
+    ]
+    config = ValidationConfig(docs_path=str(tmp_path / "docs"))
+    validated, rejected, _, summary = validate_lines(
+        to_table([], MANIFEST), to_table(rejections, REJECTED_LINES), [], config, ImageConfig()
+    )
+    with pytest.raises(UserError, match="31 of 31 lines were rejected") as caught:
+        check_manifest(validated, rejected, summary, config)
+    assert "  b.xml | missing_image | no image (30 lines)\n  c.xml | missing_image | no image\n" in str(caught.value)
+
+
 def change(number, **values):
     """The good lines with one of them changed."""
     rows = good_lines(36)
@@ -538,6 +554,15 @@ def test_several_sources_keep_their_ids_apart_and_have_rules_of_their_own(tmp_pa
     ]
     assert image_roots(manifest) == {"a": tmp_path / "a", "b": tmp_path / "b"}
     assert id_prefixes(manifest) == {"a": "a/", "b": "b/"}
+
+
+def test_finding_in_one_of_several_sources_names_it(tmp_path):
+    manifest, rejections, notes = import_sources(SourceConfig(), SourcesConfig(**two_sources(tmp_path)), DemoConfig())
+    config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_width_pixels=20, min_width_pixels=1)
+    _, rejected, _, _ = validate_lines(manifest, rejections, notes, config, ImageConfig())
+    first = rejected.to_pylist()[0]
+    assert (first["line_id"], first["file"]) == ("a/writer0/line0", "a/writer0/line0.png")
+    assert first["detail"].startswith("a/writer0/line0.png: ")
 
 
 def test_a_source_that_others_join_keeps_its_splits(tmp_path):

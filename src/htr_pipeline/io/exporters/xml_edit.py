@@ -13,8 +13,10 @@ from xml.sax.saxutils import escape
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.importers.xml import MAX_XML_BYTES
 
-# One after the other from the tag's name on, so that nothing within a value is taken for an attribute.
-_ATTRIBUTE = re.compile(r"(?P<blank>\s+)(?P<name>[^\s=<>/\"']+)\s*=\s*(?:\"[^\"]*\"|'[^']*')")
+# One after the other from the tag's name on, so that nothing within a value is taken for an attribute. The look-behinds
+# keep the time linear in the white space of a tag.
+_ATTRIBUTE = re.compile(r"(?P<blank>(?<!\s)\s+)(?P<name>[^\s=<>/\"']+)\s*=\s*(?:\"[^\"]*\"|'[^']*')")
+_TAG_END = re.compile(r"(?<!\s)\s*/?>$")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -98,14 +100,14 @@ class XmlFile:
 
         tag = _ATTRIBUTE.sub(changed, tag)
         more = "".join(f" {name}={quote(value)}" for name, value in missing.items())
-        self._replace(element.start, element.content_start, re.sub(r"\s*/?>$", lambda end: more + end[0], tag))
+        self._replace(element.start, element.content_start, _TAG_END.sub(lambda end: more + end[0], tag))
 
     def set_text(self, element: Element, text: str) -> None:
         """Puts a text in the place of everything in an element."""
         if element.content_end == element.end:  # <Unicode/>
             name = element.prefix + element.name
             tag = self._data[element.start : element.end].decode(self._encoding)
-            tag = re.sub(r"\s*/>$", ">", tag) + f"{markup(text)}</{name}>"
+            tag = _TAG_END.sub(">", tag) + f"{markup(text)}</{name}>"
             self._replace(element.start, element.end, tag)
         else:
             self._replace(element.content_start, element.content_end, markup(text))
@@ -119,7 +121,7 @@ class XmlFile:
             before: names of elements that may only follow.
         """
         if parent.content_end == parent.end:
-            tag = re.sub(r"\s*/>$", ">", self._data[parent.start : parent.end].decode(self._encoding))
+            tag = _TAG_END.sub(">", self._data[parent.start : parent.end].decode(self._encoding))
             self._replace(parent.start, parent.end, f"{tag}{new}</{parent.prefix}{parent.name}>")
             return
         followers = [child for child in parent.children if child.name in before]

@@ -35,7 +35,8 @@ def read_page(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
 def _parse(root: Element) -> Page:
     pages = root.findall("Page")
     if len(pages) != 1:
-        raise UserError(f"{len(pages)} elements Page; expected one. Split it into pages.")
+        advice = "Split it into pages." if pages else "Export the page again."
+        raise UserError(f"{len(pages)} elements Page; expected one. {advice}")
     element = pages[0]
     page = Page(
         image_name=element.get("imageFilename"),

@@ -7,13 +7,14 @@ A Parquet table may hold the images themselves, as Hugging Face's datasets do: a
 import csv
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from htr_pipeline.core.config import UserError
@@ -124,11 +125,6 @@ def _read_text_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, A
             reader = csv.reader(stream, **_dialect(file, stream.readline()))
             stream.seek(0)
             columns = [name.strip() for name in next(reader, [])]
-            doubled = sorted({name for name in columns if columns.count(name) > 1})
-            if doubled:
-                raise UserError(
-                    f"{file}: columns with the same name: {', '.join(map(repr, doubled))}. Rename one of them."
-                )
             for cells in reader:
                 if not any(cells):
                     continue
@@ -177,11 +173,31 @@ def _reading(file: Path) -> Iterator[None]:
 def _parquet_rows(file: Path, schema: pa.Schema, names: Mapping[str, str], folder: Path) -> Iterator[dict[str, Any]]:
     image = names.get("image", "")
     unpacks = bool(image) and _holds_bytes(schema.field(image).type)
-    with _reading(file), pq.ParquetFile(file) as table:
-        _refuse_bomb(file, table.metadata)
-        for batch in table.iter_batches(batch_size=16 if unpacks else 10_000, columns=sorted(set(names.values()))):
+    columns = sorted(set(names.values()))
+    with _reading(file), pq.ParquetFile(file, read_dictionary=_byte_leaves(file, columns)) as table:
+        _refuse_bomb(file, sum(table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)))
+        unpacked = 0
+        for batch in table.iter_batches(batch_size=16 if unpacks else 10_000, columns=columns):
+            unpacked += sum(_num_bytes(column) for column in batch.columns)
+            _refuse_bomb(file, unpacked)
             for row in batch.to_pylist():
                 yield row | {image: _unpack(row[image], folder)} if unpacks else row
+
+
+def _byte_leaves(file: Path, columns: Sequence[str]) -> list[str]:
+    """Paths of all texts and bytes in the columns: read as dictionaries, a value that repeats is in memory once."""
+    schema = pq.read_metadata(file).schema
+    leaves = [schema.column(index) for index in range(len(schema))]
+    return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.path.split(".")[0] in columns]
+
+
+def _num_bytes(array: Any) -> int:
+    """Bytes of an array's values, those of a dictionary as often as they occur."""
+    if pa.types.is_struct(array.type):
+        return sum(_num_bytes(part) for part in array.flatten())
+    if pa.types.is_dictionary(array.type):
+        return pc.sum(pc.cast(pc.binary_length(array.dictionary), pa.int64()).take(array.indices)).as_py() or 0
+    return int(array.nbytes)
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -191,12 +207,12 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _refuse_bomb(file: Path, metadata: pq.FileMetaData) -> None:
-    unpacked = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-    if unpacked > max(_EXPANSION_FROM_BYTES, _MAX_EXPANSION * file.stat().st_size):
+def _refuse_bomb(file: Path, num_bytes: int) -> None:
+    size = file.stat().st_size
+    if num_bytes > max(_EXPANSION_FROM_BYTES, _MAX_EXPANSION * size):
         raise UserError(
-            f"{file}: {file.stat().st_size} bytes that unpack to {unpacked}, more than {_MAX_EXPANSION} times as many. "
-            "Images do not compress like that; the table is not read."
+            f"{file}: {size} bytes that unpack to {num_bytes} or more, over {_MAX_EXPANSION} times as many. "
+            "Lines do not compress like that; the table is not read."
         )
 
 
@@ -235,6 +251,8 @@ def _unpack(cell: Any, folder: Path) -> _Unpacked:
 
 def _find_columns(file: Path, columns: list[str], config: "SourceConfig") -> dict[str, str]:
     """Name of the table's column for each of image, text, split, writer, page, group and id that it has."""
+    if doubled := sorted({name for name in columns if columns.count(name) > 1}):
+        raise UserError(f"{file}: columns with the same name: {', '.join(map(repr, doubled))}. Rename one of them.")
     lower = {name.lower(): name for name in reversed(columns)}
     has = f"{file} has the columns {', '.join(map(repr, columns)) or '(none)'}."
     found = {}

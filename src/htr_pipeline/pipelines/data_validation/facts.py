@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from htr_pipeline.core.characters import describe_characters, is_debris, is_invisible, look_alike_words, plain_form
 from htr_pipeline.core.image import ImageConfig, find_near_duplicates, num_frames, scaled_width
 from htr_pipeline.core.text import required_frames
+from htr_pipeline.io.manifest import id_prefixes
 from htr_pipeline.pipelines.data_validation.expectations import ValidationConfig
 
 _COLUMNS = ["line_id", "page_id", "writer_id", "split", "text", "image_path"]
@@ -41,16 +42,19 @@ def collect_facts(lines: pa.Table, config: ValidationConfig, image_config: Image
         image_config: the height to which lines will be scaled, which decides how many frames they have.
 
     Returns:
-        Columns of the manifest and `place` (the line's image, or its id where the image is a page); empty text where
-        there is nothing to find: unknown_characters, invisible_characters, mixed_forms, look_alikes, rare_characters,
-        untrained_characters (words for what the text has of them), same_image, near_image (id of the earlier line),
-        other_page (page of another split with the same text); numbers: aspect, frames, required_frames, spare_frames,
-        texts_of_image, width_per_character (in line heights) and width_deviation (in standard deviations from the
-        writer's norm).
+        Columns of the manifest, `file` (the image, after the name of its source where there are several) and `place`
+        (the same, or the line's id where the image is a page); empty text where there is nothing to find:
+        unknown_characters, invisible_characters, mixed_forms, look_alikes, rare_characters, untrained_characters (words
+        for what the text has of them), same_image, near_image (id of the earlier line), other_page (page of another
+        split with the same text); numbers: aspect, frames, required_frames, spare_frames, texts_of_image,
+        width_per_character (in line heights) and width_deviation (in standard deviations from the writer's norm).
         writer_splits names the splits of the line's writer.
     """
-    frame = lines.select(_COLUMNS).to_pandas()
-    frame["place"] = frame["line_id"].where(pc.is_valid(lines["polygon"]).to_numpy(), frame["image_path"])
+    frame = lines.select(_COLUMNS).to_pandas().rename(columns={"image_path": "file"})
+    prefixes = id_prefixes(lines)
+    if any(prefixes.values()):  # as in import_rejections
+        frame["file"] = lines["source"].to_pandas().map(prefixes).fillna("") + frame["file"]
+    frame["place"] = frame["line_id"].where(pc.is_valid(lines["polygon"]).to_numpy(), frame["file"])
     _add_characters(frame, lines, config)
 
     height = frame["height_pixels"].clip(lower=1)

@@ -157,8 +157,11 @@ def check_manifest(
     if share > validation.max_rejected_share or validated_lines.num_rows == 0:
         faults = [row for row in rejected_lines.to_pylist() if row["reason"] not in NO_FAULTS]
         num_others = rejected_lines.num_rows - len(faults)
-        shown = (faults or rejected_lines.to_pylist())[:10]
-        first = [f"  {row['file']} | {row['reason']} | {row['detail']}" for row in shown]
+        # Lines of a page without an image have one sentence for all of them.
+        sentences = Counter(
+            f"{row['file']} | {row['reason']} | {row['detail']}" for row in faults or rejected_lines.to_pylist()
+        )
+        first = [f"  {words}{f' ({num} lines)' * (num > 1)}" for words, num in list(sentences.items())[:10]]
         raise UserError(
             f"{len(faults)} of {len(faults) + validated_lines.num_rows} lines were rejected ({share:.1%})"
             + (f", besides {num_others} without text or split" if num_others else "")
@@ -184,7 +187,7 @@ def _list_lines(
                 (
                     {
                         "line_id": line["line_id"],
-                        "file": line["image_path"],
+                        "file": line["file"],
                         "stage": "validation",
                         "reason": check.reason,
                         "detail": check.explain(line),
