@@ -39,28 +39,37 @@ class MemoryCheckpoints:
 
 
 class Silent:
-    def __init__(self):
-        self.rows = []
+    """Keeps what it is told; asks to stop at a given step."""
+
+    def __init__(self, stop_at=None):
+        self.rows, self.warnings, self.steps, self.stop_at = [], [], 0, stop_at
 
     def step(self, done, figures):
         assert 0.0 < done <= 1.0
+        self.steps += 1
 
     def epoch(self, row, samples):
         self.rows.append(row)
         assert samples
 
+    def notice(self, sentence, warning):
+        self.warnings += [sentence] if warning else []
 
-def run(checkpoints=None, config=CONFIG, lines=30, progress=None):
+    def stop_asked(self):
+        return self.steps == self.stop_at
+
+
+def run(checkpoints=None, config=CONFIG, lines=30, progress=None, model=None, training=None):
+    from htr_pipeline.core.model import build_model
     from htr_pipeline.core.training import train_network
 
-    training = [drawn(index) for index in range(lines)]
+    training = training or [drawn(index) for index in range(lines)]
     return train_network(
+        model or build_model(ModelConfig(size="XS"), 11, 32, config.seed),
         lambda rng: (training[index] for index in rng.permutation(len(training))),
         len(training),
         [drawn(index) for index in range(1000, 1005)],
         Charset("0123456789"),
-        height_pixels=32,
-        model_config=ModelConfig(size="XS"),
         augmentation=AugmentationConfig(),
         config=config,
         checkpoints=checkpoints or MemoryCheckpoints(),

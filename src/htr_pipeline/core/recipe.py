@@ -11,7 +11,7 @@ from htr_pipeline.core.ctc.lexicon import Lexicon
 class ModelConfig:
     """Which network is built."""
 
-    size: str = setting(default="S", choices=("XS", "S", "M"))
+    size: str = setting(default="S", choices=("XS", "S", "M", "L"))
     column_dropout: float = setting(default=0.2, minimum=0.0, maximum=0.9)
     recurrent_dropout: float = setting(default=0.2, minimum=0.0, maximum=0.9)
 
@@ -31,6 +31,12 @@ class TrainingConfig:
     buffer_lines: int = setting(default=4096, minimum=1)
     max_validation_lines: int = setting(default=256, minimum=1)  # scored after every epoch
     checkpoint_seconds: float = setting(default=60.0, minimum=0.0)
+    patience: int | None = setting(default=None, minimum=1)  # epochs without a better CER; None: never ends early
+    on_collapse: str = setting(default="warn", choices=("warn", "back", "stop"))
+    plateau_steps: int = setting(default=1000, minimum=20)  # the loss may stand still before it is a collapse
+    max_bad_batches: int = setting(default=10, minimum=0)  # skipped because their gradient is not finite
+    start_from: str | None = setting(default=None)  # folder with model.keras and charset.json, or a models:/ URI
+    start_charset: str = setting(default="union", choices=("union", "new", "fail"))
     seed: int = setting(default=1, minimum=0)
 
 
