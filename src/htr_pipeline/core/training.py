@@ -181,14 +181,13 @@ def train_network(
                 _skip_bad_batch(state, step, lines, rate, config, progress)
             else:
                 _name_unfit_lines(state, step.figures.unfit, progress)
-                told, verdict = monitor.kind, monitor.observe(step.figures)
-                if verdict and (verdict.failed or verdict.kind != told):
-                    if verdict.kind != told:
-                        progress.notice(verdict.sentence, verdict.failed)
-                    if verdict.failed and config.on_collapse != "warn":
-                        _go_back(state, verdict, config, progress)
-                        trainer.restart(best if state.best_cer < _GOOD_CER else initial)
-                        monitor = CollapseMonitor(config.plateau_steps)
+            told, verdict = monitor.kind, monitor.observe(step.figures)
+            if verdict and verdict.kind != told:
+                progress.notice(f"Step {state.step}: {verdict.sentence}", warning=verdict.failed)
+            if verdict and verdict.failed and config.on_collapse != "warn":
+                _go_back(state, verdict, config, progress)
+                trainer.restart(best if state.best_cer < _GOOD_CER else initial)
+                monitor = CollapseMonitor(config.plateau_steps)
             done = _done(state, total_steps, config)
             progress.step(done, _running_figures(state.sums))
             if now - saved_at >= config.checkpoint_seconds:
@@ -287,6 +286,7 @@ class Trainer:
         figures = StepFigures(
             lines=len(lines),
             loss=float(losses.sum()),
+            gradient_norm=float(norm),
             edits=int(score_lines(references, hypotheses).characters.edits.sum()),
             frames=int(valid.sum()),
             blanks=int(np.count_nonzero((best == self.charset.blank_index) & valid)),
@@ -457,6 +457,7 @@ def _go_back(state: TrainingState, verdict: Verdict, config: TrainingConfig, pro
         tried = f" The rate was lowered {state.returns} times." if state.returns else ""
         raise UserError(f"Step {state.step}: {verdict.sentence} A lower learning rate does not help here.{tried}")
     state.returns += 1
+    state.bad_batches = 0
     state.rate_factor *= _RATE_FACTOR
     target = f"that of epoch {state.best_epoch}" if state.best_cer < _GOOD_CER else "the one at the beginning"
     progress.notice(

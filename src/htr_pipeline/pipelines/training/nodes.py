@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,30 @@ def build_network(model: ModelConfig, training: TrainingConfig, charset: Charset
         feature_stats["height_pixels"],
     )
     return network
+
+
+def check_training_batch(
+    features: FeatureShards,
+    feature_stats: dict[str, Any],
+    model: ModelConfig,
+    training: TrainingConfig,
+    max_seconds: float,
+) -> tuple[bool, str]:
+    """Whether one batch of the training lines, spread over all of them, is learnt by heart; and a sentence."""
+    from htr_pipeline.core.check_batch import check_batch
+
+    lines = features.spread("train", training.batch_size)
+    if not lines:
+        raise UserError("There are no training lines. Look into the manifest's column 'split'.")
+    charset = Charset.from_json(collect_charset(features, training))
+    network = build_network(replace(model, column_dropout=0.0, recurrent_dropout=0.0), training, charset, feature_stats)
+    with tqdm(desc="Steps", unit="") as bar:
+
+        def show(steps: int, cer: float) -> None:
+            bar.set_postfix_str(f"CER {cer:.1%}", refresh=False)
+            bar.update(steps - bar.n)
+
+        return check_batch(network, lines, charset, training, max_seconds=max_seconds, on_step=show)
 
 
 def clear_checkpoint(model: Any, history: pa.Table, checkpoint: CheckpointConfig) -> None:
