@@ -77,6 +77,45 @@ def run(checkpoints=None, config=CONFIG, lines=30, progress=None, model=None, tr
     )
 
 
+def poisoned():
+    """The frames of lines whose brightest pixel is 77 become NaN."""
+    import keras
+
+    from htr_pipeline.core.model import build_model
+
+    class NotANumber(keras.layers.Layer):
+        def call(self, logits, pixels):
+            ill = keras.ops.equal(keras.ops.max(pixels, axis=(1, 2)), 77)
+            return keras.ops.where(ill[:, None, None], float("nan"), logits)
+
+    model = build_model(ModelConfig(size="XS"), 11, 32, CONFIG.seed)
+    pixels = model.input["pixels"]
+    return keras.Model(model.input, {name: NotANumber()(x, pixels) for name, x in model.output.items()})
+
+
+def linear():
+    """No non-linearity, and each frame sees its own four columns only."""
+    import keras
+
+    pixels, width = keras.Input((None, 32), dtype="uint8", name="pixels"), keras.Input((), name="width_pixels")
+    frames = keras.layers.AveragePooling1D(4)(keras.layers.Rescaling(1 / 255)(pixels))
+    heads = {name: keras.layers.Dense(11, name=name)(frames) for name in ("logits", "shortcut_logits")}
+    return keras.Model({"pixels": pixels, "width_pixels": width}, heads)
+
+
+def softmaxed():
+    import keras
+
+    from htr_pipeline.core.model import build_model
+
+    model = build_model(ModelConfig(size="XS"), 11, 32, CONFIG.seed)
+    return keras.Model(model.input, {name: keras.layers.Softmax()(x) for name, x in model.output.items()})
+
+
+def weights_equal(left, right):
+    return all(np.array_equal(a, b) for a, b in zip(left.get_weights(), right.get_weights(), strict=True))
+
+
 def without_clock(history):
     timed = ("lines_per_second", "data_wait_seconds", "elapsed_seconds")
     return [{key: value for key, value in row.items() if key not in timed} for row in history]
@@ -89,7 +128,7 @@ def whole():
 
 def test_two_runs_are_equal_bit_for_bit(whole):
     again = run()
-    assert all(np.array_equal(a, b) for a, b in zip(whole.model.get_weights(), again.model.get_weights(), strict=True))
+    assert weights_equal(whole.model, again.model)
     assert without_clock(whole.history) == without_clock(again.history)
 
 
@@ -99,9 +138,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(whole, stop_at):
     with pytest.raises(KeyboardInterrupt):
         run(checkpoints)
     resumed = run(checkpoints)
-    assert all(
-        np.array_equal(a, b) for a, b in zip(whole.model.get_weights(), resumed.model.get_weights(), strict=True)
-    )
+    assert weights_equal(whole.model, resumed.model)
     assert without_clock(whole.history) == without_clock(resumed.history)
 
 
@@ -134,3 +171,52 @@ def test_the_rate_warms_up_and_falls_as_a_cosine():
     config = TrainingConfig(learning_rate=1.0, warmup_share=0.1)
     rates = [learning_rate(done, config) for done in (0.0, 0.05, 0.1, 0.55, 1.0)]
     assert rates == pytest.approx([0.01, 0.5, 1.0, 0.505, 0.01], abs=1e-6)
+
+
+# --- failures on purpose ---------------------------------------------------------------------------------------------
+
+STOP = dataclasses.replace(CONFIG, epochs=200, on_collapse="stop", plateau_steps=100, checkpoint_seconds=60.0)
+
+
+def test_a_network_without_non_linearity_is_named_a_collapse():
+    with pytest.raises(UserError, match="The network writes (hardly anything but|one character and then) blanks"):
+        run(config=STOP, model=linear())
+
+
+def test_texts_of_other_images_are_named():
+    texts = np.random.default_rng(3).permutation([drawn(index).text for index in range(64)])
+    lines = [drawn(index)._replace(text=str(text)) for index, text in enumerate(texts)]
+    with pytest.raises(UserError, match="look whether each text belongs to its image|Look whether each text"):
+        run(config=STOP, training=lines)
+
+
+def test_labels_that_count_padding_are_named_with_their_lines():
+    lines = [drawn(index)._replace(text=drawn(index).text.ljust(32, "0")) for index in range(16)]
+    with pytest.raises(UserError, match="longer text than their frames can hold: 'line-0'.*label lengths that count"):
+        run(config=STOP, training=lines)
+
+
+def test_widths_that_count_padding_are_named():
+    lines = [drawn(index) for index in range(16)]
+    lines = [line._replace(pixels=np.pad(line.pixels, [(0, 1000), (0, 0)])) for line in lines]
+    with pytest.raises(UserError, match="frames for each character instead of 3 to 10.*Widths that count padding"):
+        run(config=STOP, training=lines)
+
+
+def test_a_network_whose_blank_is_a_character_is_named_before_the_first_step():
+    from htr_pipeline.core.model import build_model
+
+    with pytest.raises(UserError, match="has 10 classes; the charset of 10 characters and the blank make 11"):
+        run(model=build_model(ModelConfig(size="XS"), 10, 32, 1))
+
+
+def test_a_softmax_too_many_is_named():
+    with pytest.raises(
+        UserError, match="The outputs of the network are probabilities, not logits.*take the activation"
+    ):
+        run(config=STOP, model=softmaxed())
+
+
+def test_a_rate_times_100_is_named_an_explosion():
+    with pytest.raises(UserError, match="exploded|The gradient explodes|gradient is not finite"):
+        run(config=dataclasses.replace(STOP, learning_rate=100 * STOP.learning_rate))
