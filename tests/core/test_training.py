@@ -218,13 +218,23 @@ def test_a_rate_times_100_is_named():
         run(config=FAST)
 
 
-def test_a_collapsed_network_goes_back_at_a_lower_rate_and_says_so():
-    progress = Silent()
-    trained = run(config=dataclasses.replace(FAST, epochs=60, on_collapse="back"), progress=progress)
+def test_a_loss_worse_than_guessing_is_an_explosion():
+    with pytest.raises(UserError, match=r"The loss exploded.*Lower training\.learning_rate to a tenth"):
+        run(config=dataclasses.replace(STOP, learning_rate=1.0))
+
+
+def test_a_collapsed_network_goes_back_at_a_lower_rate_interrupted_or_not():
+    config = dataclasses.replace(STOP, epochs=10, learning_rate=1.0, on_collapse="back", checkpoint_seconds=0.0)
+    progress, checkpoints = Silent(), MemoryCheckpoints(stop_at=25)
+    recovered = run(config=config, progress=progress)
     returns = [sentence for sentence in progress.warnings if "back to the last good network" in sentence]
     assert "the one at the beginning, at 0.3 of the learning rate" in returns[0]
-    assert trained.history[0]["learning_rate"] > 3 * trained.history[-2]["learning_rate"]
-    assert {row["verdict"] for row in trained.history} >= {"plateau"}
+    assert recovered.history[-1]["train_loss"] < recovered.history[0]["train_loss"]
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoints, config)
+    resumed = run(checkpoints, config)
+    assert weights_equal(recovered.model, resumed.model)
+    assert without_clock(recovered.history) == without_clock(resumed.history)
 
 
 def test_what_a_lower_rate_cannot_cure_stops_the_run():

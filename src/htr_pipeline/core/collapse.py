@@ -16,7 +16,7 @@ _WINDOWS = 20
 _LEAST_FALL = 0.03
 # Blanks and the commonest one or two characters give a CER of 1 to 0.8; healthy runs are at 0.6 after two epochs of 200
 # steps, and then at 0.3.
-_READING_CER = 0.7
+READING_CER = 0.7
 # Healthy runs reach 0.8 to 1.
 _EMPTY_RATIO = 0.1
 # One such step is an accident of a batch.
@@ -172,7 +172,7 @@ class CollapseMonitor:
         frames = sums["frames"] / characters
         lowest = self.lowest_loss
         self.losses = [*self.losses, loss][-_WINDOWS:]
-        self.had_read = self.had_read or cer < _READING_CER
+        self.had_read = self.had_read or cer < READING_CER
         self.lowest_loss = min(loss, self.lowest_loss)
         self.empty_windows = self.empty_windows + 1 if ratio < _EMPTY_RATIO else 0
 
@@ -198,7 +198,7 @@ class CollapseMonitor:
             return verdict("exploded", f"The loss exploded: it was {lowest:.2f} a character")
         if sums["steep"] > _STEEP_SHARE * sums["steps"]:
             return verdict("exploded", f"The gradient explodes: norms above {_STEEP_GRADIENT:,.0f}, where 200 is much")
-        if cer < _READING_CER:
+        if cer < READING_CER:
             return verdict("learning", "The network learns")
         if frames > _MOST_FRAMES_PER_CHARACTER:
             return verdict("padded_widths", f"The lines have {frames:.0f} frames for each character instead of 3 to 10")

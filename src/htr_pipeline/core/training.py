@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.batching import Batch, Line, ordered_batches, training_batches
-from htr_pipeline.core.collapse import CollapseMonitor, StepFigures, Verdict
+from htr_pipeline.core.collapse import READING_CER, CollapseMonitor, StepFigures, Verdict
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.loss import ctc_loss
 from htr_pipeline.core.image import num_frames
@@ -31,8 +31,6 @@ _BATCHES_AHEAD = 8
 # What training.on_collapse: back does, and how often before it gives up.
 _RATE_FACTOR = 0.3
 _MOST_RETURNS = 3
-# A network that reads worse has not learnt anything to go back to.
-_GOOD_CER = 0.9
 _LINES_NAMED = 20
 
 
@@ -186,7 +184,7 @@ def train_network(
                 progress.notice(f"Step {state.step}: {verdict.sentence}", warning=verdict.failed)
             if verdict and verdict.failed and config.on_collapse != "warn":
                 _go_back(state, verdict, config, progress)
-                trainer.restart(best if state.best_cer < _GOOD_CER else initial)
+                trainer.restart(best if state.best_cer < READING_CER else initial)
                 monitor = CollapseMonitor(config.plateau_steps)
             done = _done(state, total_steps, config)
             progress.step(done, _running_figures(state.sums))
@@ -459,7 +457,7 @@ def _go_back(state: TrainingState, verdict: Verdict, config: TrainingConfig, pro
     state.returns += 1
     state.bad_batches = 0
     state.rate_factor *= _RATE_FACTOR
-    target = f"that of epoch {state.best_epoch}" if state.best_cer < _GOOD_CER else "the one at the beginning"
+    target = f"that of epoch {state.best_epoch}" if state.best_cer < READING_CER else "the one at the beginning"
     progress.notice(
         f"Step {state.step}: back to the last good network, {target}, at {state.rate_factor:.2g} of the learning rate.",
         warning=True,
