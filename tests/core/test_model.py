@@ -73,7 +73,7 @@ def test_sizes_are_as_documented():
 
 
 def test_multiplications_of_a_line_are_those_of_its_layers():
-    # Columns x rows x kernel of each convolution, then frames x (kernel and recurrent kernel of both directions, logits).
+    # Columns x rows x kernel of each convolution, then frames x (both kernels of both directions, logits).
     convolutions = 400 * 32 * 9 * 12 + 200 * 16 * 9 * 12 * 24 + 100 * 8 * 9 * 24 * 32
     convolutions += 100 * 4 * 9 * (32 * 48 + 48 * 64)
     recurrent = 100 * 2 * 4 * 96 * (64 + 96)

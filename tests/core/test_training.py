@@ -179,20 +179,20 @@ STOP = dataclasses.replace(CONFIG, epochs=200, on_collapse="stop", plateau_steps
 
 
 def test_a_network_without_non_linearity_is_named_a_collapse():
-    with pytest.raises(UserError, match="The network writes (hardly anything but|one character and then) blanks"):
+    with pytest.raises(UserError, match=r"The network writes (hardly anything but|one character and then) blanks"):
         run(config=dataclasses.replace(STOP, learning_rate=0.03, plateau_steps=60), model=linear())
 
 
 def test_labels_that_count_padding_are_named_with_their_lines():
     lines = [drawn(index)._replace(text=drawn(index).text.ljust(32, "0")) for index in range(16)]
-    with pytest.raises(UserError, match="longer text than their frames can hold: 'line-0'.*label lengths that count"):
+    with pytest.raises(UserError, match=r"longer text than their frames can hold: 'line-0'.*label lengths that count"):
         run(config=STOP, training=lines)
 
 
 def test_widths_that_count_padding_are_named():
     lines = [drawn(index) for index in range(16)]
     lines = [line._replace(pixels=np.pad(line.pixels, [(0, 1000), (0, 0)])) for line in lines]
-    with pytest.raises(UserError, match="frames for each character instead of 3 to 10.*Widths that count padding"):
+    with pytest.raises(UserError, match=r"frames for each character instead of 3 to 10.*Widths that count padding"):
         run(config=STOP, training=lines)
 
 
@@ -205,7 +205,7 @@ def test_a_network_whose_blank_is_a_character_is_named_before_the_first_step():
 
 def test_a_softmax_too_many_is_named():
     with pytest.raises(
-        UserError, match="The outputs of the network are probabilities, not logits.*take the activation"
+        UserError, match=r"The outputs of the network are probabilities, not logits.*take the activation"
     ):
         run(config=STOP, model=softmaxed())
 
@@ -238,7 +238,7 @@ def test_a_collapsed_network_goes_back_at_a_lower_rate_interrupted_or_not():
 
 
 def test_what_a_lower_rate_cannot_cure_stops_the_run():
-    with pytest.raises(UserError, match="longer text than .* A lower learning rate does not help here"):
+    with pytest.raises(UserError, match=r"longer text than .* A lower learning rate does not help here"):
         run(
             config=dataclasses.replace(STOP, on_collapse="back"),
             training=[drawn(index)._replace(text="0" * 32) for index in range(8)],

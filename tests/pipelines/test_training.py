@@ -1,4 +1,4 @@
-"""Charset, language model and lexicon as the training pipeline makes them; the network is trained in tests/core and test_run."""
+"""Charset, language model and lexicon as the training pipeline makes them; the network: tests/core and test_run."""
 
 import pyarrow as pa
 import pytest

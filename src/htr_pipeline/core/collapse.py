@@ -36,11 +36,11 @@ ADVICE = {
     "plateau": "This is normal at the beginning: wait.",
     "blank": "Run `kedro check-batch`: if it fails, look at the images and texts of the lines that it names; "
     "if it passes, lower training.learning_rate to a third or lengthen training.warmup_share.",
-    "few_characters": "It knows how frequent characters are and does not use the images: look whether each text belongs "
-    "to its image and the images are not empty. If `kedro check-batch` passes and the texts are right, lower "
-    "training.learning_rate to a third, or take a larger model.size.",
-    "not_learning": "Look whether each text belongs to its image. If they do, training.learning_rate is too high or too "
-    "low: compare the loss of the epochs in `history`.",
+    "few_characters": "It knows how frequent characters are and makes no use of the images: look whether each text "
+    "belongs to its image. If it does and `kedro check-batch` passes, lower training.learning_rate to a third, or take "
+    "a larger model.size.",
+    "not_learning": "Look whether each text belongs to its image. If it does, training.learning_rate is too high (the "
+    "loss jumps) or too low (it creeps).",
     "exploded": "Lower training.learning_rate to a tenth, or training.gradient_clip_norm.",
     "labels_do_not_fit": "Look at these lines: label lengths that count padding, several lines of text for one image, "
     "or images that are too narrow. Reject them, or raise features.height_pixels.",

@@ -9,8 +9,8 @@ import keras
 class Muon(keras.optimizers.Muon):
     """Keras' Muon, with the kernels of convolutions taken as matrices of (rows x columns x inputs, outputs).
 
-    Offsets, normalisation, the first convolution (one input channel: a matrix of nine rows) and the two layers of logits
-    are left to AdamW.
+    Offsets, normalisation, the first convolution (one input channel: a matrix of nine rows) and the two layers of
+    logits are left to AdamW.
 
     Args:
         learning_rate: of both; the update of a matrix is scaled to the size that AdamW's would have.
