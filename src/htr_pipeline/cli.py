@@ -102,6 +102,7 @@ def check_batch(seconds: float, env: str | None, params: dict[str, Any]) -> None
             catalog.load("feature_stats"),
             settings["model"],
             settings["training"],
+            settings["checkpoint"],
             seconds,
         )
     if not passed:

@@ -8,7 +8,7 @@ from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
 from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset
 from htr_pipeline.io.datasets import LanguageModel
-from htr_pipeline.pipelines.training.nodes import collect_charset, collect_words, train_language_model
+from htr_pipeline.pipelines.training.nodes import CheckpointConfig, collect_charset, collect_words, train_language_model
 
 TRAINING = ["the road to Verdun", "the (old) road, 1916"]
 
@@ -87,7 +87,9 @@ def start(tmp_path):
 
 
 def characters(**settings):
-    return "".join(Charset.from_json(collect_charset(Texts(), TrainingConfig(**settings))).characters)
+    return "".join(
+        Charset.from_json(collect_charset(Texts(), TrainingConfig(**settings), CheckpointConfig())).characters
+    )
 
 
 def test_charset_is_that_of_the_training_texts():
@@ -102,6 +104,11 @@ def test_charset_of_the_network_to_start_from_is_extended_or_replaced(start):
 def test_new_characters_are_refused_where_none_may_come(start):
     with pytest.raises(UserError, match=r"training\.start_charset is fail.*does not know: '\(\),1"):
         characters(start_from=start, start_charset="fail")
+
+
+def test_the_folder_that_training_writes_to_is_no_start():
+    with pytest.raises(UserError, match="is the folder that this training writes to. Copy its"):
+        characters(start_from="data/06_models")
 
 
 @pytest.mark.parametrize("place", ["nowhere", "models:/nothing@champion"])

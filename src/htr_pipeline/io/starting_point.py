@@ -43,8 +43,19 @@ class StartingPoint:
         return cls(models[0], charset)
 
     def model(self) -> Any:
-        """The network."""
-        return KerasModel(str(self.model_path)).load()
+        """The network.
+
+        Raises:
+            UserError: it has other classes than its charset.
+        """
+        model = KerasModel(str(self.model_path)).load()
+        classes, expected = model.outputs[0].shape[-1], self.charset().num_classes
+        if classes != expected:
+            raise UserError(
+                f"{self.model_path} has {classes} classes, and {self.charset_path} makes {expected}: "
+                "these two files do not belong together."
+            )
+        return model
 
     def charset(self) -> Charset:
         """Its characters."""

@@ -37,8 +37,13 @@ class CheckpointConfig:
     path: str = setting(default="data/06_models/checkpoint.npz")
 
 
-def collect_charset(features: FeatureShards, training: TrainingConfig) -> str:
+def collect_charset(features: FeatureShards, training: TrainingConfig, checkpoint: CheckpointConfig) -> str:
     """Features → charset: every character of the training texts, and those of the network to start from."""
+    if training.start_from and Path(training.start_from).resolve() == Path(checkpoint.path).parent.resolve():
+        raise UserError(
+            f"training.start_from = {training.start_from!r} is the folder that this training writes to. Copy its "
+            "model.keras and charset.json to another one, or start from the registered model: models:/NAME@ALIAS."
+        )
     texts = _training_texts(features)
     charset = Charset.from_texts(texts)
     if not training.start_from:
@@ -183,6 +188,7 @@ def check_training_batch(
     feature_stats: dict[str, Any],
     model: ModelConfig,
     training: TrainingConfig,
+    checkpoint: CheckpointConfig,
     max_seconds: float,
 ) -> tuple[bool, str]:
     """Whether one batch of the training lines, spread over all of them, is learnt by heart; and a sentence."""
@@ -191,7 +197,7 @@ def check_training_batch(
     lines = features.spread("train", training.batch_size)
     if not lines:
         raise UserError("There are no training lines. Look into the manifest's column 'split'.")
-    charset = Charset.from_json(collect_charset(features, training))
+    charset = Charset.from_json(collect_charset(features, training, checkpoint))
     network = build_network(replace(model, column_dropout=0.0, recurrent_dropout=0.0), training, charset, feature_stats)
     with tqdm(desc="Steps", unit="") as bar:
 
