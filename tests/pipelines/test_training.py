@@ -107,7 +107,7 @@ def test_new_characters_are_refused_where_none_may_come(start):
 
 
 def test_the_folder_that_training_writes_to_is_no_start():
-    with pytest.raises(UserError, match="is the folder that this training writes to. Copy its"):
+    with pytest.raises(UserError, match="is the folder that this training writes to"):
         characters(start_from="data/06_models")
 
 
