@@ -350,6 +350,16 @@ def test_export_that_cannot_be_is_a_sentence(toy, tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+# --- one batch -------------------------------------------------------------------------------------------------------
+
+
+def test_check_batch_says_in_one_sentence_that_everything_fits(toy):
+    command = [sys.executable, "-m", "kedro", "check-batch", "--env", "test", "--seconds", "120"]
+    done = subprocess.run(command, cwd=toy.project, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Data, charset, lengths and loss fit together: 8 lines" in done.stdout
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 from kedro import KedroDeprecationWarning
 from kedro.framework.cli.project import run as kedro_run
+from kedro.framework.cli.utils import _split_params
 from kedro.validation.exceptions import ParameterValidationError
 
 from htr_pipeline.core.config import UserError
@@ -65,10 +66,10 @@ cli.add_command(run)
     "--format", required=True, type=click.Choice(("page", "alto", "text", "tsv", "hocr")), help="What to write."
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to write to.")
-@click.option("--decoder", default="greedy", show_default=True, help="Whose readings: a decoder of the predictions.")
+@click.option("--decoder", help="Whose readings: greedy, beam or beam_lm; default: that of the headline.")
 @click.option("--split", type=click.Choice(("train", "validation", "test")), help="Only its lines; default: all read.")
 @click.option("--env", "-e", help="Kedro environment, as for run.")
-def export(format: str, output: Path, decoder: str, split: str | None, env: str | None) -> None:
+def export(format: str, output: Path, decoder: str | None, split: str | None, env: str | None) -> None:
     """Write what was read: into copies of the PAGE or ALTO files, or as text, TSV or hOCR."""
     from kedro.framework.session import KedroSession
 
@@ -78,5 +79,33 @@ def export(format: str, output: Path, decoder: str, split: str | None, env: str 
         with KedroSession.create(env=env) as session:
             catalog = session.load_context().catalog
         tables = catalog.load("manifest"), catalog.load("predictions")
+        decoder = decoder or catalog.load("metrics")["headline"]["decoder"]
         files = export_lines(format, *tables, output, decoder=decoder, split=split)
         click.echo(f"{len(files)} file(s) in {output}, for instance {files[0]}")
+
+
+@cli.command("check-batch")
+@click.option("--seconds", default=60.0, show_default=True, help="When to give up.")
+@click.option("--env", "-e", help="Kedro environment, as for run.")
+@click.option("--params", default="", help="Settings, as for run.", callback=_split_params)
+def check_batch(seconds: float, env: str | None, params: dict[str, Any]) -> None:
+    """Learn one batch by heart: do data, charset, lengths and loss fit together? Exit code 1 if not."""
+    from kedro.framework.session import KedroSession
+
+    from htr_pipeline.pipelines.training.nodes import check_training_batch
+
+    with _errors_in_words():
+        with KedroSession.create(env=env, runtime_params=params) as session:
+            context = session.load_context()
+            settings, catalog = context.params, context.catalog
+        passed, sentence = check_training_batch(
+            catalog.load("features"),
+            catalog.load("feature_stats"),
+            settings["model"],
+            settings["training"],
+            settings["checkpoint"],
+            seconds,
+        )
+    if not passed:
+        raise click.ClickException(sentence)
+    click.echo(sentence)

@@ -21,18 +21,17 @@ def batches(count, epoch=0, skip=0, buffer_lines=64, seed=5, augmentation=OFF):
     def read(rng):
         return iter(lines(count))
 
-    return list(
-        training_batches(
-            read,
-            CHARSET,
-            augmentation,
-            batch_size=8,
-            buffer_lines=buffer_lines,
-            seed=seed,
-            epoch=epoch,
-            skip_batches=skip,
-        )
+    found = training_batches(
+        read,
+        CHARSET,
+        augmentation,
+        batch_size=8,
+        buffer_lines=buffer_lines,
+        seed=seed,
+        epoch=epoch,
+        skip_batches=skip,
     )
+    return [batch for _, batch in found]
 
 
 def marks(some):

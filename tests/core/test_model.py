@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 
+from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.recipe import ModelConfig
+from htr_pipeline.core.text import Charset
 
 keras = pytest.importorskip("keras")
 
-from htr_pipeline.core.model import build_model  # noqa: E402  after TensorFlow is known to be there
+from htr_pipeline.core.model import build_model, copy_weights, multiplications  # noqa: E402  after TensorFlow is known to be there
 
 NUM_CLASSES = 11
 
@@ -62,8 +64,46 @@ def test_the_seed_fixes_the_initial_weights():
 
 def test_sizes_are_as_documented():
     parameters = {
-        size: build_model(ModelConfig(size=size), 101, 48, seed=0).count_params() for size in ("XS", "S", "M")
+        size: build_model(ModelConfig(size=size), 101, 48, seed=0).count_params() for size in ("XS", "S", "M", "L")
     }
     assert 0.1e6 < parameters["XS"] < 0.3e6
     assert 0.7e6 < parameters["S"] < 0.9e6
     assert 3e6 < parameters["M"] < 4e6
+    assert 6.5e6 < parameters["L"] < 7.5e6
+
+
+def test_multiplications_of_a_line_are_those_of_its_layers():
+    # Columns x rows x kernel of each convolution, then frames x (both kernels of both directions, logits).
+    convolutions = 400 * 32 * 9 * 12 + 200 * 16 * 9 * 12 * 24 + 100 * 8 * 9 * 24 * 32
+    convolutions += 100 * 4 * 9 * (32 * 48 + 48 * 64)
+    recurrent = 100 * 2 * 4 * 96 * (64 + 96)
+    expected = convolutions + recurrent + 100 * 2 * 96 * NUM_CLASSES
+    assert multiplications(build_model(ModelConfig(size="XS"), NUM_CLASSES, 32, seed=0), 400) == expected
+
+
+def fine_tuned(trained, old, new, height=32):
+    model = build_model(ModelConfig(size="XS"), Charset(new).num_classes, height, seed=9)
+    copy_weights(trained, Charset(old), model, Charset(new))
+    return model
+
+
+def test_kept_characters_and_the_blank_have_the_logits_that_they_had(model):
+    lines = random_lines([100, 128], 128)
+    old, new = "0123456789", "9876543210abc"
+    tuned = fine_tuned(model, old, new)
+    kept = [new.index(character) for character in old] + [len(new)]
+    for head in ("logits", "shortcut_logits"):
+        before, after = np.asarray(model(lines)[head]), np.asarray(tuned(lines)[head])
+        np.testing.assert_allclose(after[..., kept], before, atol=1e-5)
+
+
+def test_characters_may_go(model):
+    tuned = fine_tuned(model, "0123456789", "02")
+    assert tuned(random_lines([100], 128))["logits"].shape[-1] == 3
+
+
+def test_another_height_is_no_hindrance_and_another_size_is_named(model):
+    fine_tuned(model, "0123456789", "0123456789", height=48)
+    other = build_model(ModelConfig(size="S"), NUM_CLASSES, 32, seed=1)
+    with pytest.raises(UserError, match=r"in its layer 'conv_1'.*Set model\.size to the size that it was trained with"):
+        copy_weights(model, Charset("0123456789"), other, Charset("0123456789"))

@@ -76,3 +76,7 @@ class TestCharset:
     def test_charsets_with_another_order_differ(self):
         assert Charset("ab") != Charset("ba")
         assert Charset("ab") != "ab"
+
+
+def test_an_extended_charset_keeps_every_class():
+    assert Charset("ba").extended(["abc", "cd"]).characters == ("b", "a", "c", "d")

@@ -39,33 +39,81 @@ class MemoryCheckpoints:
 
 
 class Silent:
-    def __init__(self):
-        self.rows = []
+    """Keeps what it is told; asks to stop at a given step."""
+
+    def __init__(self, stop_at=None):
+        self.rows, self.warnings, self.steps, self.stop_at = [], [], 0, stop_at
 
     def step(self, done, figures):
         assert 0.0 < done <= 1.0
+        self.steps += 1
 
     def epoch(self, row, samples):
         self.rows.append(row)
         assert samples
 
+    def notice(self, sentence, warning):
+        self.warnings += [sentence] if warning else []
 
-def run(checkpoints=None, config=CONFIG, lines=30, progress=None):
+    def stop_asked(self):
+        return self.steps == self.stop_at
+
+
+def run(checkpoints=None, config=CONFIG, lines=30, progress=None, model=None, training=None, augmentation=None):
+    from htr_pipeline.core.model import build_model
     from htr_pipeline.core.training import train_network
 
-    training = [drawn(index) for index in range(lines)]
+    training = training or [drawn(index) for index in range(lines)]
     return train_network(
+        model or build_model(ModelConfig(size="XS"), 11, 32, config.seed),
         lambda rng: (training[index] for index in rng.permutation(len(training))),
         len(training),
         [drawn(index) for index in range(1000, 1005)],
         Charset("0123456789"),
-        height_pixels=32,
-        model_config=ModelConfig(size="XS"),
-        augmentation=AugmentationConfig(),
+        augmentation=augmentation or AugmentationConfig(),
         config=config,
         checkpoints=checkpoints or MemoryCheckpoints(),
         progress=progress or Silent(),
     )
+
+
+def poisoned():
+    """The frames of lines whose brightest pixel is 77 become NaN."""
+    import keras
+
+    from htr_pipeline.core.model import build_model
+
+    class NotANumber(keras.layers.Layer):
+        def call(self, logits, pixels):
+            ill = keras.ops.equal(keras.ops.max(pixels, axis=(1, 2)), 77)
+            return keras.ops.where(ill[:, None, None], float("nan"), logits)
+
+    model = build_model(ModelConfig(size="XS"), 11, 32, CONFIG.seed)
+    pixels = model.input["pixels"]
+    return keras.Model(model.input, {name: NotANumber()(x, pixels) for name, x in model.output.items()})
+
+
+def linear():
+    """No non-linearity, and each frame sees its own four columns only."""
+    import keras
+
+    pixels, width = keras.Input((None, 32), dtype="uint8", name="pixels"), keras.Input((), name="width_pixels")
+    frames = keras.layers.AveragePooling1D(4)(keras.layers.Rescaling(1 / 255)(pixels))
+    heads = {name: keras.layers.Dense(11, name=name)(frames) for name in ("logits", "shortcut_logits")}
+    return keras.Model({"pixels": pixels, "width_pixels": width}, heads)
+
+
+def softmaxed():
+    import keras
+
+    from htr_pipeline.core.model import build_model
+
+    model = build_model(ModelConfig(size="XS"), 11, 32, CONFIG.seed)
+    return keras.Model(model.input, {name: keras.layers.Softmax()(x) for name, x in model.output.items()})
+
+
+def weights_equal(left, right):
+    return all(np.array_equal(a, b) for a, b in zip(left.get_weights(), right.get_weights(), strict=True))
 
 
 def without_clock(history):
@@ -80,7 +128,7 @@ def whole():
 
 def test_two_runs_are_equal_bit_for_bit(whole):
     again = run()
-    assert all(np.array_equal(a, b) for a, b in zip(whole.model.get_weights(), again.model.get_weights(), strict=True))
+    assert weights_equal(whole.model, again.model)
     assert without_clock(whole.history) == without_clock(again.history)
 
 
@@ -90,9 +138,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(whole, stop_at):
     with pytest.raises(KeyboardInterrupt):
         run(checkpoints)
     resumed = run(checkpoints)
-    assert all(
-        np.array_equal(a, b) for a, b in zip(whole.model.get_weights(), resumed.model.get_weights(), strict=True)
-    )
+    assert weights_equal(whole.model, resumed.model)
     assert without_clock(whole.history) == without_clock(resumed.history)
 
 
@@ -125,3 +171,192 @@ def test_the_rate_warms_up_and_falls_as_a_cosine():
     config = TrainingConfig(learning_rate=1.0, warmup_share=0.1)
     rates = [learning_rate(done, config) for done in (0.0, 0.05, 0.1, 0.55, 1.0)]
     assert rates == pytest.approx([0.01, 0.5, 1.0, 0.505, 0.01], abs=1e-6)
+
+
+# --- failures on purpose ---------------------------------------------------------------------------------------------
+
+STOP = dataclasses.replace(CONFIG, epochs=200, on_collapse="stop", plateau_steps=100, checkpoint_seconds=60.0)
+
+
+def test_a_network_without_non_linearity_is_named_a_collapse():
+    with pytest.raises(UserError, match=r"The network writes (hardly anything but|one character and then) blanks"):
+        run(config=dataclasses.replace(STOP, learning_rate=0.03, plateau_steps=60), model=linear())
+
+
+def test_labels_that_count_padding_are_named_with_their_lines():
+    lines = [drawn(index)._replace(text=drawn(index).text.ljust(32, "0")) for index in range(16)]
+    with pytest.raises(UserError, match=r"longer text than their frames can hold: 'line-0'.*label lengths that count"):
+        run(config=STOP, training=lines)
+
+
+def test_widths_that_count_padding_are_named():
+    lines = [drawn(index) for index in range(16)]
+    lines = [line._replace(pixels=np.pad(line.pixels, [(0, 1000), (0, 0)])) for line in lines]
+    with pytest.raises(UserError, match=r"frames for each character instead of 3 to 10.*Widths that count padding"):
+        run(config=STOP, training=lines)
+
+
+def test_a_network_whose_blank_is_a_character_is_named_before_the_first_step():
+    from htr_pipeline.core.model import build_model
+
+    with pytest.raises(UserError, match="has 10 classes; the charset of 10 characters and the blank make 11"):
+        run(model=build_model(ModelConfig(size="XS"), 10, 32, 1))
+
+
+def test_a_softmax_too_many_is_named():
+    with pytest.raises(
+        UserError, match=r"The outputs of the network are probabilities, not logits.*take the activation"
+    ):
+        run(config=STOP, model=softmaxed())
+
+
+FAST = dataclasses.replace(STOP, learning_rate=100 * CONFIG.learning_rate)
+
+
+def test_a_rate_times_100_is_named():
+    with pytest.raises(UserError, match=r"(exploded|explodes|not what stands in the lines).*training\.learning_rate"):
+        run(config=FAST)
+
+
+def test_a_loss_worse_than_guessing_is_an_explosion():
+    with pytest.raises(UserError, match=r"The loss exploded.*Lower training\.learning_rate to a tenth"):
+        run(config=dataclasses.replace(STOP, learning_rate=1.0))
+
+
+def test_a_collapsed_network_goes_back_at_a_lower_rate_interrupted_or_not():
+    config = dataclasses.replace(STOP, epochs=10, learning_rate=1.0, on_collapse="back", checkpoint_seconds=0.0)
+    progress, checkpoints = Silent(), MemoryCheckpoints(stop_at=25)
+    recovered = run(config=config, progress=progress)
+    returns = [sentence for sentence in progress.warnings if "back to the last good network" in sentence]
+    assert "the one at the beginning, at 0.3 of the learning rate" in returns[0]
+    assert recovered.history[-1]["train_loss"] < recovered.history[0]["train_loss"]
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoints, config)
+    resumed = run(checkpoints, config)
+    assert weights_equal(recovered.model, resumed.model)
+    assert without_clock(recovered.history) == without_clock(resumed.history)
+
+
+def test_what_a_lower_rate_cannot_cure_stops_the_run():
+    with pytest.raises(UserError, match=r"longer text than .* A lower learning rate does not help here"):
+        run(
+            config=dataclasses.replace(STOP, on_collapse="back"),
+            training=[drawn(index)._replace(text="0" * 32) for index in range(8)],
+        )
+
+
+def test_warnings_alone_change_nothing(whole):
+    watched = run(config=dataclasses.replace(CONFIG, plateau_steps=20))
+    assert weights_equal(whole.model, watched.model)
+
+
+# --- bad lines and batches -------------------------------------------------------------------------------------------
+
+
+def with_poison():
+    lines = [drawn(index) for index in range(30)]
+    lines[7] = Line("poison", np.full_like(lines[7].pixels, 77), lines[7].text)
+    return lines
+
+
+OFF = AugmentationConfig(enabled=False)
+
+
+def test_a_batch_without_a_finite_gradient_is_skipped_and_its_line_named():
+    progress = Silent()
+    trained = run(model=poisoned(), training=with_poison(), progress=progress, augmentation=OFF)
+    named = [sentence for sentence in progress.warnings if "gradient is not finite" in sentence]
+    assert len(named) == CONFIG.epochs
+    assert all("Its lines without a finite loss: 'poison'." in sentence for sentence in named)
+    assert [row["skipped_batches"] for row in trained.history] == [1, 1, 1]
+    assert all(np.isfinite(array).all() for array in trained.model.get_weights())
+
+
+def test_skipped_batches_do_not_disturb_going_on_from_a_checkpoint():
+    def once(checkpoints=None):
+        return run(checkpoints, model=poisoned(), training=with_poison(), augmentation=OFF)
+
+    checkpoints = MemoryCheckpoints(stop_at=7)
+    with pytest.raises(KeyboardInterrupt):
+        once(checkpoints)
+    whole, resumed = once(), once(checkpoints)
+    assert weights_equal(whole.model, resumed.model)
+    assert without_clock(whole.history) == without_clock(resumed.history)
+
+
+def test_too_many_bad_batches_stop_the_run():
+    with pytest.raises(UserError, match=r"'poison'\. This is number 2, and training\.max_bad_batches is 1"):
+        run(
+            model=poisoned(),
+            training=with_poison(),
+            augmentation=OFF,
+            config=dataclasses.replace(CONFIG, max_bad_batches=1),
+        )
+
+
+def test_a_line_that_does_not_fit_is_named_once():
+    lines = [drawn(index) for index in range(30)]
+    lines[3] = lines[3]._replace(line_id="too-narrow", pixels=np.ascontiguousarray(lines[3].pixels[:12]))
+    progress = Silent()
+    run(training=lines, progress=progress)
+    assert sum("Nothing is learnt from 'too-narrow'" in sentence for sentence in progress.warnings) == 1
+
+
+# --- ends ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_at", [6, 8])
+def test_asked_to_stop_training_ends_after_the_batch_and_goes_on_from_there(whole, stop_at):
+    checkpoints = MemoryCheckpoints()
+    stopped = run(checkpoints, progress=Silent(stop_at))
+    assert stopped.ended_by == "interrupt"
+    assert stopped.history[-1]["step"] == stop_at
+    assert stopped.best_cer == min(row["validation_cer"] for row in stopped.history)
+    resumed = run(checkpoints)
+    assert resumed.ended_by == "epochs"
+    assert weights_equal(whole.model, resumed.model)
+    assert without_clock(whole.history) == without_clock(resumed.history)
+
+
+def test_training_ends_after_epochs_without_a_better_error_rate():
+    ended = run(config=dataclasses.replace(CONFIG, epochs=50, learning_rate=0.0, patience=3))
+    assert ended.ended_by == "patience"
+    best = min(range(len(ended.history)), key=lambda index: ended.history[index]["validation_cer"])
+    assert len(ended.history) == best + 1 + 3
+
+
+# --- one batch -------------------------------------------------------------------------------------------------------
+
+
+def check(lines, max_seconds=60.0, charset="0123456789"):
+    from htr_pipeline.core.check_batch import check_batch
+    from htr_pipeline.core.model import build_model
+
+    model = build_model(ModelConfig(size="XS", column_dropout=0.0, recurrent_dropout=0.0), 11, 32, 1)
+    config = dataclasses.replace(CONFIG, learning_rate=5e-3)
+    return check_batch(model, lines, Charset(charset), config, max_seconds=max_seconds)
+
+
+def test_a_batch_that_fits_is_learnt_by_heart():
+    passed, sentence = check([drawn(index) for index in range(6)])
+    assert passed
+    assert "Data, charset, lengths and loss fit together: 6 lines with 24 characters were learnt by heart" in sentence
+
+
+def test_a_batch_that_does_not_fit_is_not():
+    passed, sentence = check([drawn(index)._replace(text="0" * 32) for index in range(6)])
+    assert not passed
+    assert "6 lines were not learnt by heart" in sentence
+    assert "longer text than their frames can hold: 'line-0'" in sentence
+
+
+def test_a_batch_of_other_characters_is_named():
+    assert check([drawn(0)], charset="abcdefghij").sentence.startswith(
+        "The charset lacks characters of the texts: {'line-0'"
+    )
+
+
+def test_a_batch_that_gets_no_time_says_so():
+    passed, sentence = check([drawn(index) for index in range(6)], max_seconds=0.0)
+    assert not passed
+    assert "in 0 steps" in sentence

@@ -1,13 +1,14 @@
-"""Language model and lexicon as the training pipeline makes them; the network is trained in tests/core and test_run."""
+"""Charset, language model and lexicon as the training pipeline makes them; the network: tests/core and test_run."""
 
 import pyarrow as pa
 import pytest
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
-from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig
+from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, TrainingConfig
+from htr_pipeline.core.text import Charset
 from htr_pipeline.io.datasets import LanguageModel
-from htr_pipeline.pipelines.training.nodes import collect_words, train_language_model
+from htr_pipeline.pipelines.training.nodes import CheckpointConfig, collect_charset, collect_words, train_language_model
 
 TRAINING = ["the road to Verdun", "the (old) road, 1916"]
 
@@ -75,3 +76,43 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             collect_words(Texts(), LanguageModelConfig(), DecodingConfig(lexicon_words=str(tmp_path / words)))
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Where a network that knows the characters z, T and some others was left."""
+    (tmp_path / "model.keras").write_bytes(b"")
+    (tmp_path / "charset.json").write_text(Charset("zTahe ord").to_json(), encoding="utf-8")
+    return str(tmp_path)
+
+
+def characters(**settings):
+    return "".join(
+        Charset.from_json(collect_charset(Texts(), TrainingConfig(**settings), CheckpointConfig())).characters
+    )
+
+
+def test_charset_is_that_of_the_training_texts():
+    assert characters() == "".join(sorted(set("".join(TRAINING))))
+
+
+def test_charset_of_the_network_to_start_from_is_extended_or_replaced(start):
+    assert characters(start_from=start) == "zTahe ord" + "".join(sorted(set("".join(TRAINING)) - set("zTahe ord")))
+    assert characters(start_from=start, start_charset="new") == characters()
+
+
+def test_new_characters_are_refused_where_none_may_come(start):
+    with pytest.raises(UserError, match=r"training\.start_charset is fail.*does not know: '\(\),1"):
+        characters(start_from=start, start_charset="fail")
+
+
+def test_the_folder_that_training_writes_to_is_no_start():
+    with pytest.raises(UserError, match="is the folder that this training writes to"):
+        characters(start_from="data/06_models")
+
+
+@pytest.mark.parametrize("place", ["nowhere", "models:/nothing@champion"])
+def test_a_start_that_is_not_there_is_named(tmp_path, monkeypatch, place):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with pytest.raises(UserError, match=rf"training\.start_from = '{place}'"):
+        characters(start_from=place)

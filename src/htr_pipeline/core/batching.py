@@ -49,8 +49,8 @@ def training_batches(
     seed: int,
     epoch: int,
     skip_batches: int = 0,
-) -> Iterator[Batch]:
-    """One epoch of augmented batches: every line once, order and distortions fixed by seed and epoch.
+) -> Iterator[tuple[list[Line], Batch]]:
+    """One epoch of augmented batches, each with its lines; order and distortions are fixed by seed and epoch.
 
     Args:
         read_lines: yields all training lines in an order drawn from the generator that it is given.
@@ -65,7 +65,8 @@ def training_batches(
     rng = np.random.default_rng([seed, epoch])
     for index, lines in enumerate(_similar_widths(read_lines(rng), batch_size, buffer_lines, rng)):
         if index >= skip_batches:
-            yield collate([_augmented(line, augmentation, seed, epoch) for line in lines], charset, batch_size)
+            augmented = [_augmented(line, augmentation, seed, epoch) for line in lines]
+            yield augmented, collate(augmented, charset, batch_size)
 
 
 def ordered_batches(lines: Iterable[Line], charset: Charset, batch_size: int) -> Iterator[tuple[list[Line], Batch]]:

@@ -4,24 +4,29 @@ Source: Retsinas et al., Best practices for a handwritten text recognition syste
 kept, maximum over the rows instead of concatenating them, an auxiliary CTC head straight on the convolutions.
 """
 
+from itertools import zip_longest
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import DOWNSAMPLING
 from htr_pipeline.core.recipe import ModelConfig
 from htr_pipeline.core.recurrent import lstm
+from htr_pipeline.core.text import Charset
 
 _PACKAGE = "htr_pipeline"
-# Filters of the five convolutions, layers and units of the recurrent part.
+# Filters of the convolutions, layers and units of the recurrent part. L: the parameters of Retsinas et al. in 3 x 3
+# convolutions without detours around them.
 _SIZES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "XS": ((12, 24, 32, 48, 64), 1, 96),
     "S": ((16, 32, 48, 64, 96), 2, 128),
     "M": ((32, 64, 96, 128, 192), 2, 256),
+    "L": ((32, 64, 128, 128, 192, 192, 256, 256, 256), 3, 256),
 }
-# (width, height) pooling after each convolution; the widths multiply to DOWNSAMPLING.
-_POOLS = ((2, 2), (2, 2), (1, 2), (1, 1), (1, 1))
+# (width, height) pooling after the first convolutions; the widths multiply to DOWNSAMPLING.
+_POOLS = ((2, 2), (2, 2), (1, 2))
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
@@ -198,7 +203,7 @@ def build_model(config: ModelConfig, num_classes: int, height_pixels: int, seed:
     x = keras.layers.Rescaling(1.0 / 255.0, name="rescale")(pixels)
     x = keras.layers.Reshape((-1, height_pixels, 1), name="channel")(x)
     columns_per_frame = DOWNSAMPLING
-    for index, (channels, pool) in enumerate(zip(filters, _POOLS, strict=True), start=1):
+    for index, (channels, pool) in enumerate(zip_longest(filters, _POOLS, fillvalue=(1, 1)), start=1):
         x = keras.layers.Conv2D(channels, 3, padding="same", use_bias=False, name=f"conv_{index}")(x)
         if pool != (1, 1):
             # Before the normalisation, which then has a quarter of the work and nearly the same result.
@@ -220,3 +225,51 @@ def build_model(config: ModelConfig, num_classes: int, height_pixels: int, seed:
     return keras.Model(
         {"pixels": pixels, "width_pixels": width}, {"logits": logits, "shortcut_logits": shortcut}, name="htr"
     )
+
+
+def copy_weights(trained: keras.Model, trained_charset: Charset, model: keras.Model, charset: Charset) -> None:
+    """Gives a new network the weights of a trained one; classes are carried over by their character.
+
+    Characters that are new keep the initial weights of the new network.
+
+    Args:
+        trained: of build_model, of the same size, with the classes of its charset; any height of lines.
+        trained_charset: its characters.
+        model: the new network; its weights are changed.
+        charset: its characters.
+
+    Raises:
+        UserError: the two differ in more than their classes.
+    """
+    kept = [c for c in charset.characters if c in trained_charset]
+    old = [trained_charset.characters.index(c) for c in kept] + [trained_charset.blank_index]
+    new = [charset.characters.index(c) for c in kept] + [charset.blank_index]
+    sources = {layer.name: layer.get_weights() for layer in trained.layers}
+    for layer in model.layers:
+        ours, theirs = layer.get_weights(), sources.get(layer.name, [])
+        is_head = layer.name in ("logits", "shortcut_logits")
+        shapes, expected = ([a.shape[: -1 if is_head else None] for a in arrays] for arrays in (theirs, ours))
+        if shapes != expected:
+            raise UserError(
+                f"The network to start from has other weights in its layer {layer.name!r}: shapes {shapes}, expected "
+                f"{expected}. Set model.size to the size that it was trained with."
+            )
+        if is_head:
+            for array, source in zip(ours, theirs, strict=True):
+                array[..., new] = source[..., old]
+        layer.set_weights(ours if is_head else theirs)
+
+
+def multiplications(model: keras.Model, width_pixels: int) -> int:
+    """Multiplications of one line of that width through a network of build_model."""
+    total, columns = 0, width_pixels
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.MaxPooling2D) and layer.name.startswith("pool_"):
+            columns //= layer.pool_size[0]
+        elif isinstance(layer, keras.layers.Conv2D):
+            total += columns * layer.output.shape[2] * layer.kernel.shape.num_elements()
+        elif isinstance(layer, keras.layers.Dense):
+            total += columns * layer.kernel.shape.num_elements()
+        elif isinstance(layer, BidirectionalLSTM):
+            total += columns * sum(k.shape.num_elements() for k in (*layer.kernels, *layer.recurrent_kernels))
+    return total

@@ -12,7 +12,7 @@ from htr_pipeline.core.text import normalise_text
 class ModelConfig:
     """Which network is built."""
 
-    size: str = setting(default="S", choices=("XS", "S", "M"))
+    size: str = setting(default="S", choices=("XS", "S", "M", "L"))
     column_dropout: float = setting(default=0.2, minimum=0.0, maximum=0.9)
     recurrent_dropout: float = setting(default=0.2, minimum=0.0, maximum=0.9)
 
@@ -21,10 +21,10 @@ class ModelConfig:
 class TrainingConfig:
     """How long and how the network is trained."""
 
-    epochs: int = setting(default=20, minimum=1)
+    epochs: int = setting(default=14, minimum=1)
     max_minutes: float | None = setting(default=None, minimum=0.01)  # null: epochs alone end it
     batch_size: int = setting(default=16, minimum=1)
-    learning_rate: float = setting(default=2e-3, minimum=0.0, maximum=1.0)  # at its peak
+    learning_rate: float = setting(default=6e-3, minimum=0.0, maximum=1.0)  # at its peak
     warmup_share: float = setting(default=0.02, minimum=0.0, maximum=0.5)  # of the whole training
     weight_decay: float = setting(default=1e-4, minimum=0.0)
     gradient_clip_norm: float = setting(default=5.0, minimum=0.0)
@@ -32,6 +32,12 @@ class TrainingConfig:
     buffer_lines: int = setting(default=4096, minimum=1)
     max_validation_lines: int = setting(default=256, minimum=1)  # scored after every epoch
     checkpoint_seconds: float = setting(default=60.0, minimum=0.0)
+    patience: int | None = setting(default=None, minimum=1)  # epochs without a better CER; None: never ends early
+    on_collapse: str = setting(default="warn", choices=("warn", "back", "stop"))
+    plateau_steps: int = setting(default=1000, minimum=20)  # the loss may stand still before it is a collapse
+    max_bad_batches: int = setting(default=10, minimum=0)  # skipped because their gradient is not finite
+    start_from: str | None = setting(default=None)  # folder with model.keras and charset.json, or a models:/ URI
+    start_charset: str = setting(default="union", choices=("union", "new", "fail"))
     seed: int = setting(default=1, minimum=0)
 
 

@@ -49,6 +49,10 @@ class Charset:
         """Every character of the texts, in code point order."""
         return cls(sorted(set().union(*texts)))
 
+    def extended(self, texts: Iterable[str]) -> "Charset":
+        """These characters at their places, then the new ones of the texts in code point order."""
+        return Charset([*self.characters, *sorted(set().union(*texts) - self._index.keys())])
+
     @classmethod
     def from_json(cls, document: str) -> "Charset":
         """Reads what to_json wrote."""

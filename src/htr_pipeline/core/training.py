@@ -3,9 +3,11 @@
 import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import numpy as np
@@ -13,17 +15,23 @@ import tensorflow as tf
 
 from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.batching import Batch, Line, ordered_batches, training_batches
+from htr_pipeline.core.collapse import READING_CER, CollapseMonitor, StepFigures, Verdict
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.loss import ctc_loss
 from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.metrics import score_lines
-from htr_pipeline.core.model import FrameLength, build_model
+from htr_pipeline.core.model import FrameLength
 from htr_pipeline.core.optimizer import Muon
-from htr_pipeline.core.recipe import ModelConfig, TrainingConfig, learning_rate
-from htr_pipeline.core.text import Charset
+from htr_pipeline.core.recipe import TrainingConfig, learning_rate
+from htr_pipeline.core.text import Charset, required_frames
 
 # The loss is compiled once for each shape: frames are padded to a multiple of this for it.
 _LOSS_FRAME_MULTIPLE = 64
+_BATCHES_AHEAD = 8
+# What training.on_collapse: back does, and how often before it gives up.
+_RATE_FACTOR = 0.3
+_MOST_RETURNS = 3
+_LINES_NAMED = 20
 
 
 @dataclass
@@ -35,8 +43,14 @@ class TrainingState:
     step: int = 0
     elapsed_seconds: float = 0.0
     best_cer: float = math.inf
+    best_epoch: int = 0  # epochs done when it was found
+    rate_factor: float = 1.0  # below 1 after a collapse
+    returns: int = 0  # to the last good network
+    bad_batches: int = 0
+    unfit_lines: list[str] = field(default_factory=list)
+    monitor: dict[str, Any] = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=dict)  # of the epoch under way
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Checkpoints(Protocol):
@@ -55,50 +69,63 @@ class Progress(Protocol):
     def step(self, done: float, figures: dict[str, float]) -> None:
         """After a batch: done is the share of the whole training, 0 to 1."""
 
-    def epoch(self, row: dict[str, float], samples: list[tuple[str, str]]) -> None:
+    def epoch(self, row: dict[str, Any], samples: list[tuple[str, str]]) -> None:
         """After an epoch: its row of history and a few (reference, hypothesis) pairs."""
+
+    def notice(self, sentence: str, warning: bool) -> None:
+        """What the user should know."""
+
+    def stop_asked(self) -> bool:
+        """Whether training shall end after the batch under way."""
 
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """The best network by validation CER, and the history of training it."""
+    """The best network by validation CER, and the history of training it.
+
+    Attributes:
+        model: the network.
+        history: a row of io.manifest.HISTORY for each epoch.
+        best_cer: its validation CER, greedy.
+        ended_by: epochs, clock, patience or interrupt; only the last leaves a checkpoint to go on from.
+    """
 
     model: keras.Model
-    history: list[dict[str, float]]
+    history: list[dict[str, Any]]
     best_cer: float
+    ended_by: str
 
 
 def train_network(
+    model: keras.Model,
     read_training_lines: Callable[[np.random.Generator], Iterable[Line]],
     num_training_lines: int,
     validation_lines: list[Line],
     charset: Charset,
     *,
-    height_pixels: int,
-    model_config: ModelConfig,
     augmentation: AugmentationConfig,
     config: TrainingConfig,
     checkpoints: Checkpoints,
     progress: Progress,
 ) -> TrainedNetwork:
-    """Trains a network from scratch, or goes on from the checkpoint, and returns the one of the best epoch.
+    """Trains a network, or goes on from the checkpoint, and returns it as it was after its best epoch.
 
     The same arguments give the same weights, bit for bit on CPU, interrupted or not, unless max_minutes is set.
 
     Args:
+        model: of core.model.build_model, new or trained before; its weights are changed.
         read_training_lines: yields all training lines in an order drawn from the generator that it is given.
         num_training_lines: how many it yields.
         validation_lines: scored greedily after every epoch.
-        charset: characters of the training texts.
-        height_pixels: height of the line images.
-        model_config: the network.
+        charset: characters of the training texts: the classes of the network.
         augmentation: distortions of the training lines.
         config: the rest.
         checkpoints: where the state is kept.
-        progress: is told.
+        progress: is told, and may ask to stop.
 
     Raises:
-        UserError: no lines, or the loss is not finite.
+        UserError: no lines, a network of other classes, too many batches without a finite gradient, or a collapse that
+            config.on_collapse does not let pass.
     """
     if not num_training_lines or not validation_lines:
         raise UserError(
@@ -106,24 +133,26 @@ def train_network(
             f"{len(validation_lines)} validation lines. Look into the manifest's column 'split'."
         )
     tf.config.experimental.enable_op_determinism()
-    model = build_model(model_config, charset.num_classes, height_pixels, config.seed)
-    trainer = _Trainer(model, charset, config)
-    best = model.get_weights()
+    trainer = Trainer(model, charset, config)
+    initial = best = model.get_weights()
     state = TrainingState()
     if saved := checkpoints.load():
         arrays, fields = saved
         state = TrainingState(**fields)
         trainer.set_arrays(arrays)
         best = [arrays[f"best/{index}"] for index in range(len(best))]
+    monitor = CollapseMonitor(**{"plateau_steps": config.plateau_steps, **state.monitor})
 
     def save_checkpoint() -> None:
+        state.monitor = dataclasses.asdict(monitor)
         arrays = trainer.get_arrays() | {f"best/{index}": array for index, array in enumerate(best)}
         checkpoints.save(arrays, dataclasses.asdict(state))
 
     total_steps = config.epochs * math.ceil(num_training_lines / config.batch_size)
     saved_at = time.monotonic()
     done = _done(state, total_steps, config)
-    while done < 1.0:
+    ended_by = _end(state, done, config)
+    while not ended_by:
         batches = training_batches(
             read_training_lines,
             charset,
@@ -135,44 +164,94 @@ def train_network(
             skip_batches=state.batch,
         )
         clock = time.monotonic()
-        for batch in _prefetched(batches, height_pixels):
+        for lines, batch in _prefetched(batches):
             waited = time.monotonic() - clock
-            figures = trainer.step(batch, learning_rate(done, config))
+            rate = learning_rate(done, config) * state.rate_factor
+            step = trainer.step(lines, batch, rate)
             now = time.monotonic()
             seconds, clock = now - clock, now
             state.step += 1
             state.batch += 1
             state.elapsed_seconds += seconds
-            _add(state.sums, {**figures, "steps": 1.0, "data_wait_seconds": waited, "seconds": seconds})
-            state.sums["learning_rate"] = learning_rate(done, config)
+            _add(state.sums, {**_sums(step), "data_wait_seconds": waited, "seconds": seconds})
+            state.sums["learning_rate"] = rate
+            if step.figures is None:
+                _skip_bad_batch(state, step, lines, rate, config, progress)
+            else:
+                _name_unfit_lines(state, step.figures.unfit, progress)
+            told, verdict = monitor.kind, monitor.observe(step.figures)
+            if verdict and verdict.kind != told:
+                progress.notice(f"Step {state.step}: {verdict.sentence}", warning=verdict.failed)
+            if verdict and verdict.failed and config.on_collapse != "warn":
+                _go_back(state, verdict, config, progress)
+                trainer.restart(best if state.best_cer < READING_CER else initial)
+                monitor = CollapseMonitor(config.plateau_steps)
             done = _done(state, total_steps, config)
             progress.step(done, _running_figures(state.sums))
             if now - saved_at >= config.checkpoint_seconds:
                 save_checkpoint()
                 saved_at = clock = time.monotonic()
                 state.elapsed_seconds += saved_at - now
-            if done >= 1.0:
+            if done >= 1.0 or progress.stop_asked():
                 break
+        interrupted = done < 1.0 and progress.stop_asked()
+        if interrupted:
+            # Within the epoch: a run that goes on from here ends as one that was never stopped.
+            save_checkpoint()
         clock = time.monotonic()
         validation_loss, score, samples = trainer.validate(validation_lines)
         state.elapsed_seconds += time.monotonic() - clock
-        state.history.append(_history_row(state, validation_loss, score.cer))
+        state.history.append(_history_row(state, monitor.kind, validation_loss, score.cer))
+        state.epoch, state.batch, state.sums = state.epoch + 1, 0, {}
         if score.cer < state.best_cer:
-            state.best_cer = score.cer
+            state.best_cer, state.best_epoch = score.cer, state.epoch
             best = model.get_weights()
         progress.epoch(state.history[-1], samples)
-        state.epoch, state.batch, state.sums = state.epoch + 1, 0, {}
         done = _done(state, total_steps, config)
-        save_checkpoint()
-        saved_at = time.monotonic()
+        if interrupted:
+            ended_by = "interrupt"
+        else:
+            save_checkpoint()
+            saved_at = time.monotonic()
+            ended_by = _end(state, done, config)
     model.set_weights(best)
-    return TrainedNetwork(model, state.history, state.best_cer)
+    return TrainedNetwork(model, state.history, state.best_cer, ended_by)
 
 
-class _Trainer:
-    """The network, its optimizer and the compiled steps."""
+class StepResult(NamedTuple):
+    """What Trainer.step found.
+
+    Attributes:
+        figures: of the batch; None where it was skipped, since its gradient is not finite.
+        gradient_norm: before clipping.
+        losses: (B,) float32 nats.
+    """
+
+    figures: StepFigures | None
+    gradient_norm: float
+    losses: np.ndarray
+
+
+class Trainer:
+    """The network, its optimizer and the compiled steps.
+
+    Args:
+        model: its weights are changed.
+        charset: its classes.
+        config: batch size, optimizer and weight of the shortcut.
+
+    Raises:
+        UserError: network and charset do not have the same classes.
+    """
 
     def __init__(self, model: keras.Model, charset: Charset, config: TrainingConfig) -> None:
+        num_classes = model.outputs[0].shape[-1]
+        if num_classes != charset.num_classes:
+            raise UserError(
+                f"The network has {num_classes} classes; the charset of {len(charset)} characters and the blank make "
+                f"{charset.num_classes}: the blank (the last class) would stand for a character within the texts. "
+                "Build the network for this charset, or start from it with training.start_from."
+            )
         self.model = model
         self.charset = charset
         self.config = config
@@ -187,35 +266,45 @@ class _Trainer:
         self._train = tf.function(self._train_step, input_signature=signature)
         self._evaluate = tf.function(self._evaluation_step, input_signature=signature)
 
-    def step(self, batch: Batch, rate: float) -> dict[str, float]:
-        """One optimizer step; sums over the batch's lines."""
+    def step(self, lines: list[Line], batch: Batch, rate: float) -> StepResult:
+        """One optimizer step; where the gradient is not finite, nothing is changed."""
         self.optimizer.learning_rate.assign(rate)
-        losses, best_classes, norm = self._train(*batch)
-        total = float(tf.reduce_sum(losses))
-        if not math.isfinite(total) or not math.isfinite(float(norm)):
-            raise UserError(
-                f"The loss became {total} (gradient norm {float(norm)}) at learning rate {rate:.2g}. "
-                "Lower training.learning_rate or training.gradient_clip_norm."
-            )
-        references = [
-            self.charset.decode(labels[:length])
-            for labels, length in zip(batch.labels, batch.label_length, strict=True)
-        ]
+        losses, best_classes, norm, finite, probabilities = self._train(*batch)
+        losses = np.asarray(losses)[: len(lines)]
+        if not finite:
+            return StepResult(None, float(norm), losses)
         best = np.asarray(best_classes)
-        lengths = num_frames(batch.width_pixels)
-        hypotheses = self._texts(best, lengths)
-        score = score_lines(references, hypotheses)
-        valid = np.arange(best.shape[1]) < lengths[:, None]
-        return {
-            "lines": float(np.count_nonzero(batch.width_pixels)),
-            "loss": total,
-            "edits": float(score.characters.edits.sum()),
-            "characters": float(sum(map(len, references))),
-            "output_characters": float(sum(map(len, hypotheses))),
-            "frames": float(valid.sum()),
-            "blanks": float(np.count_nonzero((best == self.charset.blank_index) & valid)),
-            "gradient_norm": float(norm),
-        }
+        length = num_frames(batch.width_pixels)
+        references = [
+            self.charset.decode(labels[:count])
+            for labels, count in zip(batch.labels[: len(lines)], batch.label_length, strict=False)
+        ]
+        hypotheses = self._texts(best, length)[: len(lines)]
+        valid = np.arange(best.shape[1]) < length[:, None]
+        figures = StepFigures(
+            lines=len(lines),
+            loss=float(losses.sum()),
+            gradient_norm=float(norm),
+            edits=int(score_lines(references, hypotheses).characters.edits.sum()),
+            frames=int(valid.sum()),
+            blanks=int(np.count_nonzero((best == self.charset.blank_index) & valid)),
+            num_classes=self.charset.num_classes,
+            references=references,
+            hypotheses=hypotheses,
+            unfit=[
+                line.line_id
+                for line, text, frames in zip(lines, references, length, strict=False)
+                if required_frames(text) > frames
+            ],
+            probabilities=bool(probabilities),
+        )
+        return StepResult(figures, float(norm), losses)
+
+    def restart(self, weights: list[np.ndarray]) -> None:
+        """Takes these weights and forgets what the optimizer knows."""
+        self.model.set_weights(weights)
+        for variable in self.optimizer.variables:
+            variable.assign(tf.zeros_like(variable))
 
     def validate(self, lines: list[Line]) -> tuple[float, Any, list[tuple[str, str]]]:
         """Mean loss of a line, score, and five (reference, hypothesis) pairs."""
@@ -245,8 +334,11 @@ class _Trainer:
 
     def _train_step(
         self, pixels: tf.Tensor, width_pixels: tf.Tensor, labels: tf.Tensor, label_length: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    ) -> tuple[tf.Tensor, ...]:
         num_lines = tf.reduce_sum(tf.cast(width_pixels > 0, tf.float32))
+        # The forward pass writes them: the moving statistics of the normalisations.
+        statistics = [v for v in self.model.non_trainable_variables if v.dtype == "float32"]
+        before = [tf.identity(variable) for variable in statistics]
         with tf.GradientTape() as tape:
             outputs = self.model({"pixels": pixels, "width_pixels": width_pixels}, training=True)
             # Both heads in one call: the recursion's steps are paid once.
@@ -257,8 +349,21 @@ class _Trainer:
             main, shortcut = tf.split(losses, 2)
             objective = tf.reduce_sum(main + self.config.shortcut_weight * shortcut) / num_lines
         gradients = tape.gradient(objective, self.model.trainable_variables)
-        self.optimizer.apply(gradients, self.model.trainable_variables)
-        return main, tf.argmax(outputs["logits"], axis=-1, output_type=tf.int32), tf.linalg.global_norm(gradients)
+        norm = tf.linalg.global_norm(gradients)
+        finite = tf.math.is_finite(norm) & tf.math.is_finite(objective)
+
+        def apply() -> tf.Tensor:
+            self.optimizer.apply(gradients, self.model.trainable_variables)
+            return finite
+
+        def skip() -> tf.Tensor:
+            for variable, value in zip(statistics, before, strict=True):
+                variable.assign(value)
+            return finite
+
+        finite = tf.cond(finite, apply, skip)
+        best_classes = tf.argmax(outputs["logits"], axis=-1, output_type=tf.int32)
+        return main, best_classes, norm, finite, _are_probabilities(outputs["logits"], width_pixels)
 
     def _evaluation_step(
         self, pixels: tf.Tensor, width_pixels: tf.Tensor, labels: tf.Tensor, label_length: tf.Tensor
@@ -282,16 +387,103 @@ class _Trainer:
         return [self.charset.decode(row[mask]) for row, mask in zip(best_classes, kept, strict=True)]
 
 
-def _prefetched(batches: Iterable[Batch], height_pixels: int) -> Iterator[Batch]:
-    """The batches, made in a thread of tf.data while the network computes."""
-    signature = Batch(
-        tf.TensorSpec((None, None, height_pixels), tf.uint8),
-        tf.TensorSpec((None,), tf.int32),
-        tf.TensorSpec((None, None), tf.int32),
-        tf.TensorSpec((None,), tf.int32),
+def _are_probabilities(logits: tf.Tensor, width_pixels: tf.Tensor) -> tf.Tensor:
+    """Whether the first frames of all lines are not negative and sum to 1."""
+    frames = tf.boolean_mask(logits[:, 0], width_pixels > 0)
+    sums_to_one = tf.reduce_all(tf.abs(tf.reduce_sum(frames, axis=-1) - 1.0) < 1e-3)
+    return sums_to_one & tf.reduce_all(frames >= 0.0)
+
+
+def _prefetched(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, made in a thread while the network computes."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(next, batches, None) for _ in range(_BATCHES_AHEAD))
+        while (batch := pending.popleft().result()) is not None:
+            pending.append(pool.submit(next, batches, None))
+            yield batch
+
+
+def _end(state: TrainingState, done: float, config: TrainingConfig) -> str:
+    """Why training is over, or an empty string."""
+    if done >= 1.0:
+        return "clock" if config.max_minutes and state.elapsed_seconds >= 60.0 * config.max_minutes else "epochs"
+    if config.patience and state.epoch - state.best_epoch >= config.patience:
+        return "patience"
+    return ""
+
+
+def _skip_bad_batch(
+    state: TrainingState,
+    step: StepResult,
+    lines: list[Line],
+    rate: float,
+    config: TrainingConfig,
+    progress: Progress,
+) -> None:
+    state.bad_batches += 1
+    # Where the losses themselves are not finite, only the lines that have such a one are suspects.
+    suspects = [line for line, loss in zip(lines, step.losses, strict=True) if not math.isfinite(loss)] or lines
+    what = (
+        f"Step {state.step}: the gradient is not finite (norm {step.gradient_norm}, learning rate {rate:.2g}); "
+        f"the batch is skipped. Its {'lines' if suspects is lines else 'lines without a finite loss'}: "
+        f"{_named([line.line_id for line in suspects])}."
     )
-    dataset = tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=tuple(signature))
-    return (Batch(*arrays) for arrays in dataset.prefetch(8).as_numpy_iterator())
+    if state.bad_batches > config.max_bad_batches:
+        raise UserError(
+            f"{what} This is number {state.bad_batches}, and training.max_bad_batches is {config.max_bad_batches}. "
+            "If it is always the same lines, look at their images and texts; otherwise lower training.learning_rate."
+        )
+    progress.notice(what, warning=True)
+
+
+def _name_unfit_lines(state: TrainingState, unfit: list[str], progress: Progress) -> None:
+    new = [line_id for line_id in unfit if line_id not in state.unfit_lines]
+    if new:
+        state.unfit_lines += new
+        progress.notice(
+            f"Nothing is learnt from {_named(new)}: the text needs more frames than the line has. "
+            "Reject such lines, or raise features.height_pixels, which makes them wider.",
+            warning=True,
+        )
+
+
+def _go_back(state: TrainingState, verdict: Verdict, config: TrainingConfig, progress: Progress) -> None:
+    """Lowers the rate, or raises where that is not wanted or does not help."""
+    if config.on_collapse == "stop":
+        raise UserError(f"Step {state.step}: {verdict.sentence} (training.on_collapse is stop.)")
+    if not verdict.rate_may_help or state.returns >= _MOST_RETURNS:
+        tried = f" The rate was lowered {state.returns} times." if state.returns else ""
+        raise UserError(f"Step {state.step}: {verdict.sentence} A lower learning rate does not help here.{tried}")
+    state.returns += 1
+    state.bad_batches = 0
+    state.rate_factor *= _RATE_FACTOR
+    target = f"that of epoch {state.best_epoch}" if state.best_cer < READING_CER else "the one at the beginning"
+    progress.notice(
+        f"Step {state.step}: back to the last good network, {target}, at {state.rate_factor:.2g} of the learning rate.",
+        warning=True,
+    )
+
+
+def _named(line_ids: list[str]) -> str:
+    more = f" and {len(line_ids) - _LINES_NAMED} more" if len(line_ids) > _LINES_NAMED else ""
+    return ", ".join(map(repr, line_ids[:_LINES_NAMED])) + more
+
+
+def _sums(step: StepResult) -> dict[str, float]:
+    figures = step.figures
+    if figures is None:
+        return {"skipped_batches": 1.0}
+    return {
+        "steps": 1.0,
+        "lines": float(figures.lines),
+        "loss": figures.loss,
+        "edits": float(figures.edits),
+        "characters": float(sum(map(len, figures.references))),
+        "output_characters": float(sum(map(len, figures.hypotheses))),
+        "frames": float(figures.frames),
+        "blanks": float(figures.blanks),
+        "gradient_norm": step.gradient_norm,
+    }
 
 
 def _done(state: TrainingState, total_steps: int, config: TrainingConfig) -> float:
@@ -305,14 +497,15 @@ def _add(sums: dict[str, float], figures: dict[str, float]) -> None:
 
 
 def _running_figures(sums: dict[str, float]) -> dict[str, float]:
+    lines = sums.get("lines", 0.0)
     return {
-        "loss": sums["loss"] / sums["lines"],
-        "cer": sums["edits"] / max(sums["characters"], 1.0),
-        "lines_per_second": sums["lines"] / sums["seconds"],
+        "loss": sums.get("loss", 0.0) / max(lines, 1.0),
+        "cer": sums.get("edits", 0.0) / max(sums.get("characters", 0.0), 1.0),
+        "lines_per_second": lines / sums["seconds"],
     }
 
 
-def _history_row(state: TrainingState, validation_loss: float, validation_cer: float) -> dict[str, float]:
+def _history_row(state: TrainingState, verdict: str, validation_loss: float, validation_cer: float) -> dict[str, Any]:
     sums = state.sums
     running = _running_figures(sums)
     return {
@@ -323,10 +516,12 @@ def _history_row(state: TrainingState, validation_loss: float, validation_cer: f
         "validation_loss": validation_loss,
         "validation_cer": validation_cer,
         "learning_rate": sums["learning_rate"],
-        "blank_share": sums["blanks"] / max(sums["frames"], 1.0),
-        "output_length_ratio": sums["output_characters"] / max(sums["characters"], 1.0),
-        "gradient_norm": sums["gradient_norm"] / sums["steps"],
+        "blank_share": sums.get("blanks", 0.0) / max(sums.get("frames", 0.0), 1.0),
+        "output_length_ratio": sums.get("output_characters", 0.0) / max(sums.get("characters", 0.0), 1.0),
+        "gradient_norm": sums.get("gradient_norm", 0.0) / max(sums.get("steps", 0.0), 1.0),
         "lines_per_second": running["lines_per_second"],
         "data_wait_seconds": sums["data_wait_seconds"],
         "elapsed_seconds": state.elapsed_seconds,
+        "skipped_batches": int(sums.get("skipped_batches", 0.0)),
+        "verdict": verdict,
     }

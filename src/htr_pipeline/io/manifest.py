@@ -91,6 +91,8 @@ HISTORY = _schema(
         _required("lines_per_second", pa.float64()),
         _required("data_wait_seconds", pa.float64()),
         _required("elapsed_seconds", pa.float64()),
+        pa.field("skipped_batches", pa.int32()),  # for their gradient was not finite
+        pa.field("verdict", pa.string()),  # of core.collapse at the end of the epoch
     ],
 )
 

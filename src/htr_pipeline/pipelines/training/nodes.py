@@ -3,8 +3,10 @@
 import hashlib
 import json
 import logging
+import signal
+import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from htr_pipeline.core.text import Charset, normalise_text
 from htr_pipeline.io.checkpoints import FileCheckpoints
 from htr_pipeline.io.features import FeatureShards
 from htr_pipeline.io.manifest import HISTORY, to_table
+from htr_pipeline.io.starting_point import StartingPoint
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +37,31 @@ class CheckpointConfig:
     path: str = setting(default="data/06_models/checkpoint.npz")
 
 
-def collect_charset(features: FeatureShards) -> str:
-    """Features → charset: every character of the training texts."""
-    figures = features.figures()
-    return Charset.from_texts(figures.filter(pc.equal(figures["split"], "train"))["text"].to_pylist()).to_json()
+def collect_charset(features: FeatureShards, training: TrainingConfig, checkpoint: CheckpointConfig) -> str:
+    """Features → charset: every character of the training texts, and those of the network to start from."""
+    if training.start_from and Path(training.start_from).resolve() == Path(checkpoint.path).parent.resolve():
+        raise UserError(
+            f"training.start_from = {training.start_from!r} is the folder that this training writes to. Copy its "
+            "model.keras and charset.json to another one, or start from the registered model: models:/NAME@ALIAS."
+        )
+    texts = _training_texts(features)
+    charset = Charset.from_texts(texts)
+    if not training.start_from:
+        return charset.to_json()
+    known = StartingPoint.find(training.start_from).charset()
+    new, unused = charset.unknown("".join(known.characters)), known.unknown("".join(charset.characters))
+    if training.start_charset == "fail" and unused:
+        raise UserError(
+            f"training.start_charset is fail, and the training texts have characters that {training.start_from!r} "
+            f"does not know: {unused!r}. union adds them to its charset, new keeps only those of the texts."
+        )
+    chosen = charset if training.start_charset == "new" else known.extended(texts)
+    logger.info(
+        "Charset: %d characters, %d of them new, to those of %s.", len(chosen), len(unused), training.start_from
+    )
+    if training.start_charset == "new" and new:
+        logger.info("Not kept, since no training text has them: %r.", new)
+    return chosen.to_json()
 
 
 def train_language_model(features: FeatureShards, language_model: LanguageModelConfig) -> Any:
@@ -72,10 +96,14 @@ def collect_words(features: FeatureShards, language_model: LanguageModelConfig, 
     return "".join(f"{word}\n" for word in sorted(words))
 
 
+def _training_texts(features: FeatureShards) -> list[str]:
+    figures = features.figures()
+    return figures.filter(pc.equal(figures["split"], "train"))["text"].to_pylist()
+
+
 def _known_texts(features: FeatureShards, language_model: LanguageModelConfig) -> list[str]:
     """The training texts, then the lines of the extra ones."""
-    figures = features.figures()
-    texts = figures.filter(pc.equal(figures["split"], "train"))["text"].to_pylist()
+    texts = _training_texts(features)
     if language_model.texts:
         folder = Path(language_model.texts)
         files = sorted(folder.rglob("*.txt"))
@@ -107,7 +135,11 @@ def train(
     """Features, charset → model, history."""
     from htr_pipeline.core.training import train_network
 
+    classes = Charset.from_json(charset)
     settings = [feature_stats["data_hash"], charset, asdict(model), asdict(augmentation), asdict(training)]
+    network = build_network(model, training, classes, feature_stats)
+    if training.start_from:
+        settings.append(StartingPoint.find(training.start_from).content_hash())
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     def read_training_lines(rng: np.random.Generator) -> Iterator[Line]:
@@ -115,36 +147,106 @@ def train(
 
     with logging_redirect_tqdm(), _TrainingProgress() as progress:
         trained = train_network(
+            network,
             read_training_lines,
             feature_stats["num_lines"]["train"],
             features.spread("validation", training.max_validation_lines),
-            Charset.from_json(charset),
-            height_pixels=feature_stats["height_pixels"],
-            model_config=model,
+            classes,
             augmentation=augmentation,
             config=training,
             checkpoints=FileCheckpoints(Path(checkpoint.path), fingerprint),
             progress=progress,
         )
-    logger.info("Best validation CER: %.2f %% (greedy).", 100 * trained.best_cer)
-    return trained.model, to_table(trained.history, HISTORY)
+    logger.info("Best validation CER: %.2f %% (greedy); ended by: %s.", 100 * trained.best_cer, trained.ended_by)
+    if trained.ended_by == "interrupt":
+        logger.warning("Training is not complete: the same command goes on where it was stopped.")
+    return trained.model, to_table(trained.history, HISTORY, {"ended_by": trained.ended_by})
+
+
+def build_network(model: ModelConfig, training: TrainingConfig, charset: Charset, feature_stats: dict[str, Any]) -> Any:
+    """The network to begin with: new, or with the weights of the one to start from. Logs its size and cost."""
+    from htr_pipeline.core.model import build_model, copy_weights, multiplications
+
+    network = build_model(model, charset.num_classes, feature_stats["height_pixels"], training.seed)
+    if training.start_from:
+        start = StartingPoint.find(training.start_from)
+        copy_weights(start.model(), start.charset(), network, charset)
+    width = feature_stats["width_pixels"]["median"]
+    logger.info(
+        "Network %s: %.2f million parameters, %.2f billion multiplications for a line of %d x %d pixels (the median).",
+        model.size,
+        network.count_params() / 1e6,
+        multiplications(network, int(width)) / 1e9,
+        width,
+        feature_stats["height_pixels"],
+    )
+    return network
+
+
+def check_training_batch(
+    features: FeatureShards,
+    feature_stats: dict[str, Any],
+    model: ModelConfig,
+    training: TrainingConfig,
+    checkpoint: CheckpointConfig,
+    max_seconds: float,
+) -> tuple[bool, str]:
+    """Whether one batch of the training lines, spread over all of them, is learnt by heart; and a sentence."""
+    from htr_pipeline.core.check_batch import check_batch
+
+    lines = features.spread("train", training.batch_size)
+    if not lines:
+        raise UserError("There are no training lines. Look into the manifest's column 'split'.")
+    charset = Charset.from_json(collect_charset(features, training, checkpoint))
+    network = build_network(replace(model, column_dropout=0.0, recurrent_dropout=0.0), training, charset, feature_stats)
+    with tqdm(desc="Steps", unit="") as bar:
+
+        def show(steps: int, cer: float) -> None:
+            bar.set_postfix_str(f"CER {cer:.1%}", refresh=False)
+            bar.update(steps - bar.n)
+
+        return check_batch(network, lines, charset, training, max_seconds=max_seconds, on_step=show)
 
 
 def clear_checkpoint(model: Any, history: pa.Table, checkpoint: CheckpointConfig) -> None:
-    """Removes the checkpoint once model and history are on disk: the next run trains anew."""
-    Path(checkpoint.path).unlink(missing_ok=True)
+    """Removes the checkpoint of a complete training once model and history are on disk: the next run trains anew."""
+    if (history.schema.metadata or {}).get(b"ended_by") != b"interrupt":
+        Path(checkpoint.path).unlink(missing_ok=True)
 
 
 class _TrainingProgress:
-    """A progress bar over the whole training, a log line and MLflow metrics after each epoch."""
+    """A progress bar over the whole training, a log line and MLflow metrics after each epoch; Ctrl-C ends it."""
+
+    _stop_asked = False
 
     def __enter__(self) -> "_TrainingProgress":
+        self._on_main_thread = threading.current_thread() is threading.main_thread()
+        if self._on_main_thread:
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
         form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         self._bar = tqdm(total=100, desc="Training", bar_format=form)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+        if self._on_main_thread:
+            signal.signal(signal.SIGINT, self._handler)
+
+    def _interrupt(self, *_: object) -> None:
+        self._stop_asked = True
+        signal.signal(signal.SIGINT, self._handler)
+        logger.warning(
+            "Training stops after this batch; the best network so far is kept and the run goes on with it. "
+            "Ctrl-C once more ends the run at once."
+        )
+
+    def stop_asked(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self._stop_asked
+
+    def notice(self, sentence: str, warning: bool) -> None:
+        """Logs the sentence."""
+        logger.log(logging.WARNING if warning else logging.INFO, sentence)
 
     def step(self, done: float, figures: dict[str, float]) -> None:
         """Moves the bar."""
@@ -154,7 +256,7 @@ class _TrainingProgress:
         )
         self._bar.update(min(100.0 * done, 100.0) - self._bar.n)
 
-    def epoch(self, row: dict[str, float], samples: list[tuple[str, str]]) -> None:
+    def epoch(self, row: dict[str, Any], samples: list[tuple[str, str]]) -> None:
         """Logs the epoch."""
         import mlflow
 
@@ -170,4 +272,5 @@ class _TrainingProgress:
         reference, hypothesis = samples[int(row["epoch"]) % len(samples)]
         logger.info("  %r is read as %r", reference, hypothesis)
         if mlflow.active_run():
-            mlflow.log_metrics({k: v for k, v in row.items() if k not in ("epoch", "step")}, step=int(row["step"]))
+            figures = {k: v for k, v in row.items() if k not in ("epoch", "step", "verdict")}
+            mlflow.log_metrics(figures, step=int(row["step"]))

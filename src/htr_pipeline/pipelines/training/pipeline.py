@@ -15,7 +15,12 @@ def create_pipeline() -> Pipeline:
     """The training pipeline."""
     return Pipeline(
         [
-            Node(collect_charset, "features", "charset", name="collect_charset"),
+            Node(
+                collect_charset,
+                ["features", "params:training", "params:checkpoint"],
+                "charset",
+                name="collect_charset",
+            ),
             Node(
                 train_language_model,
                 ["features", "params:language_model"],

@@ -1,0 +1,235 @@
+"""Tells from a training's figures whether it learns, waits on the plateau or has collapsed, and says what to try.
+
+A CTC network first learns to write blanks, since these are most frames of every line; the characters come when the loss
+begins to fall again. The pictures of that plateau and of a collapse are the same; what differs is that on a plateau the
+loss moves and that it ends.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+# Windows in the number of steps that a plateau may last: enough to see a trend above the differences between batches.
+_WINDOWS = 20
+# A loss that falls by less from one half of these windows to the other does not move: batches differ by about 1 %.
+_LEAST_FALL = 0.03
+# Blanks and the commonest one or two characters give a CER of 1 to 0.8; healthy runs are at 0.6 after two epochs of 200
+# steps, and then at 0.3.
+READING_CER = 0.7
+# Healthy runs reach 0.8 to 1.
+_EMPTY_RATIO = 0.1
+# One such step is an accident of a batch.
+_BAD_STEPS = 3
+# After the lowest loss a healthy run stays within a few per cent of it.
+_LOSS_RISE = 3.0
+# Before clipping. Healthy runs have 10 to 200 and, with a batch of odd lines, some 1,000.
+_STEEP_GRADIENT = 3000.0
+_STEEP_SHARE = 0.1
+# Lines of hands and fonts have 3 to 10 frames of 4 pixels for each character.
+_MOST_FRAMES_PER_CHARACTER = 40.0
+# Of the lines of a window. Fewer are named one by one and do no harm.
+_UNFIT_SHARE = 0.2
+
+ADVICE = {
+    "learning": "",
+    "plateau": "This is normal at the beginning: wait.",
+    "blank": "Run `kedro check-batch`: if it fails, look at the images and texts of the lines that it names; "
+    "if it passes, lower training.learning_rate to a third or lengthen training.warmup_share.",
+    "few_characters": "It knows how frequent characters are and makes no use of the images: look whether each text "
+    "belongs to its image. If it does and `kedro check-batch` passes, lower training.learning_rate to a third, or take "
+    "a larger model.size.",
+    "not_learning": "Look whether each text belongs to its image. If it does, training.learning_rate is too high (the "
+    "loss jumps) or too low (it creeps).",
+    "exploded": "Lower training.learning_rate to a tenth, or training.gradient_clip_norm.",
+    "labels_do_not_fit": "Look at these lines: label lengths that count padding, several lines of text for one image, "
+    "or images that are too narrow. Reject them, or raise features.height_pixels.",
+    "padded_widths": "Widths that count padding, or wide margins: give each line its own width, and crop the images.",
+    "softmax_twice": "The loss applies the softmax itself: take the activation off the last layer.",
+}
+# What another learning rate cannot change.
+_OF_THE_DATA = ("labels_do_not_fit", "padded_widths", "softmax_twice")
+HEALTHY = ("learning", "plateau")
+
+
+class StepFigures(NamedTuple):
+    """What one training step showed, summed over the lines of its batch.
+
+    Attributes:
+        lines: how many.
+        loss: nats.
+        gradient_norm: before clipping.
+        edits: between references and greedy hypotheses.
+        frames: valid ones.
+        blanks: of these, where the blank is the best class.
+        num_classes: characters plus the blank.
+        references: their texts.
+        hypotheses: greedy readings.
+        unfit: line_ids whose label has no room in the frames.
+        probabilities: whether the logits are probabilities already.
+    """
+
+    lines: int
+    loss: float
+    gradient_norm: float
+    edits: int
+    frames: int
+    blanks: int
+    num_classes: int
+    references: list[str]
+    hypotheses: list[str]
+    unfit: list[str]
+    probabilities: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How training goes.
+
+    Attributes:
+        kind: a key of ADVICE.
+        sentence: what was seen, with figures, and what to try.
+    """
+
+    kind: str
+    sentence: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether something has to change."""
+        return self.kind not in HEALTHY
+
+    @property
+    def rate_may_help(self) -> bool:
+        """Whether going back with a lower learning rate can help."""
+        return self.failed and self.kind not in _OF_THE_DATA
+
+
+@dataclass
+class CollapseMonitor:
+    """Watches a training window by window; all fields are plain, so that a checkpoint can hold them.
+
+    Args:
+        plateau_steps: steps that the loss may stand still while the network does not read.
+    """
+
+    plateau_steps: int
+    sums: dict[str, float] = field(default_factory=dict)  # of the window under way
+    written: dict[str, int] = field(default_factory=dict)  # characters of its hypotheses
+    expected: dict[str, int] = field(default_factory=dict)  # and of its references
+    unfit: list[str] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # nats a character, of the last windows
+    lowest_loss: float = math.inf
+    had_read: bool = False
+    empty_windows: int = 0  # one after the other
+    bad_steps: int = 0  # one after the other
+    kind: str = "learning"
+
+    def observe(self, step: StepFigures | None) -> Verdict | None:
+        """Takes a step in; at the end of a window returns the verdict on it.
+
+        Args:
+            step: None where its gradient was not finite; several of these in a row are a verdict at once.
+        """
+        self.bad_steps = self.bad_steps + 1 if step is None else 0
+        if step is None:
+            if self.bad_steps < _BAD_STEPS:
+                return None
+            self.kind = "exploded"
+            return Verdict(
+                "exploded", f"The gradient is not finite, {self.bad_steps} steps in a row. {ADVICE['exploded']}"
+            )
+        totals = {
+            "steps": 1.0,
+            "lines": step.lines,
+            "loss": step.loss,
+            "edits": step.edits,
+            "frames": step.frames,
+            "blanks": step.blanks,
+            "guessing": step.frames * math.log(step.num_classes),
+            "probabilities": float(step.probabilities),
+            "unfit": len(step.unfit),
+            "steep": float(step.gradient_norm > _STEEP_GRADIENT),
+        }
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in totals.items()}
+        self.written = dict(Counter(self.written) + Counter("".join(step.hypotheses)))
+        self.expected = dict(Counter(self.expected) + Counter("".join(step.references)))
+        self.unfit = sorted({*self.unfit, *step.unfit})[:10]
+        if self.sums["steps"] < max(self.plateau_steps // _WINDOWS, 1):
+            return None
+        verdict = self._judge()
+        self.sums, self.written, self.expected, self.unfit, self.kind = {}, {}, {}, [], verdict.kind
+        return verdict
+
+    def _judge(self) -> Verdict:
+        sums = self.sums
+        characters = max(self.expected_total(), 1)
+        loss = sums["loss"] / characters
+        cer = sums["edits"] / characters
+        ratio = sum(self.written.values()) / characters
+        blank_share = sums["blanks"] / max(sums["frames"], 1.0)
+        written, expected = _frequent(self.written), _frequent(self.expected)
+        frames = sums["frames"] / characters
+        lowest = self.lowest_loss
+        self.losses = [*self.losses, loss][-_WINDOWS:]
+        self.had_read = self.had_read or cer < READING_CER
+        self.lowest_loss = min(loss, self.lowest_loss)
+        self.empty_windows = self.empty_windows + 1 if ratio < _EMPTY_RATIO else 0
+
+        seen = (
+            f"CER {cer:.0%}, {blank_share:.0%} of the frames blank, output {ratio:.0%} as long as the texts, "
+            f"{written} different characters where the texts have {expected}, loss {loss:.2f} a character"
+        )
+
+        def verdict(kind: str, what: str) -> Verdict:
+            return Verdict(kind, f"{what} ({seen}). {ADVICE[kind]}".strip())
+
+        if sums["probabilities"] == sums["steps"]:
+            return verdict("softmax_twice", "The outputs of the network are probabilities, not logits")
+        if sums["unfit"] > _UNFIT_SHARE * sums["lines"]:
+            named = ", ".join(map(repr, self.unfit))
+            share = sums["unfit"] / sums["lines"]
+            return verdict(
+                "labels_do_not_fit", f"{share:.0%} of the lines have a longer text than their frames can hold: {named}"
+            )
+        if sums["loss"] > sums["guessing"]:
+            return verdict("exploded", "The loss exploded: it is higher than by guessing every frame")
+        if loss > _LOSS_RISE * lowest:
+            return verdict("exploded", f"The loss exploded: it was {lowest:.2f} a character")
+        if sums["steep"] > _STEEP_SHARE * sums["steps"]:
+            return verdict("exploded", f"The gradient explodes: norms above {_STEEP_GRADIENT:,.0f}, where 200 is much")
+        if cer < READING_CER:
+            return verdict("learning", "The network learns")
+        if frames > _MOST_FRAMES_PER_CHARACTER:
+            return verdict("padded_widths", f"The lines have {frames:.0f} frames for each character instead of 3 to 10")
+        fell_silent = self.had_read and self.empty_windows >= 2
+        if not (fell_silent or self._stands_still()):
+            return verdict("plateau", "The network does not read yet, and the loss moves")
+        if ratio < _EMPTY_RATIO and written <= 1:
+            what = "writes hardly anything but blanks" if not written else "writes one character and then blanks"
+            return verdict("blank", f"The network {what}" + (" after it had read" if fell_silent else ""))
+        if written <= max(expected // 5, 2):
+            return verdict("few_characters", "The network writes the same few characters for every line")
+        return verdict(
+            "not_learning", "The network writes, but not what stands in the lines, and the loss stands still"
+        )
+
+    def expected_total(self) -> int:
+        """Reference characters of the window."""
+        return sum(self.expected.values())
+
+    def _stands_still(self) -> bool:
+        if len(self.losses) < _WINDOWS:
+            return False
+        half = _WINDOWS // 2
+        return sum(self.losses[half:]) > (1.0 - _LEAST_FALL) * sum(self.losses[:half])
+
+
+def _frequent(counts: dict[str, int]) -> int:
+    """How many characters make 95 % of a text: a stray one does not count."""
+    left, number = 0.95 * sum(counts.values()), 0
+    for count in sorted(counts.values(), reverse=True):
+        if left <= 0:
+            break
+        left, number = left - count, number + 1
+    return number

@@ -1,0 +1,79 @@
+"""The trained network that fine-tuning starts from, in a folder or in the MLflow Model Registry."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.core.text import Charset
+from htr_pipeline.io.datasets import KerasModel
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Two files.
+
+    Attributes:
+        model_path: a .keras file.
+        charset_path: its charset.json.
+    """
+
+    model_path: Path
+    charset_path: Path
+
+    @classmethod
+    def find(cls, place: str) -> "StartingPoint":
+        """Finds the files.
+
+        Args:
+            place: a folder with charset.json and model.keras, as training writes them, or a models:/ URI of MLflow.
+
+        Raises:
+            UserError: they are not there.
+        """
+        folder = _registered(place) if place.startswith("models:") else Path(place)
+        models = [folder / name for name in ("model.keras", "network.keras") if (folder / name).is_file()]
+        charset = folder / "charset.json"
+        if not models or not charset.is_file():
+            raise UserError(
+                f"training.start_from = {place!r}: expected a folder with model.keras and charset.json, as training "
+                "writes them to data/06_models, or the URI of a registered model, such as models:/htr@champion."
+            )
+        return cls(models[0], charset)
+
+    def model(self) -> Any:
+        """The network.
+
+        Raises:
+            UserError: it has other classes than its charset.
+        """
+        model = KerasModel(str(self.model_path)).load()
+        classes, expected = model.outputs[0].shape[-1], self.charset().num_classes
+        if classes != expected:
+            raise UserError(
+                f"{self.model_path} has {classes} classes, and {self.charset_path} makes {expected}: "
+                "these two files do not belong together."
+            )
+        return model
+
+    def charset(self) -> Charset:
+        """Its characters."""
+        try:
+            return Charset.from_json(self.charset_path.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError) as exc:
+            raise UserError(f"{self.charset_path}: this is no charset: {exc!r}.") from None
+
+    def content_hash(self) -> str:
+        """Hash of both files."""
+        return hashlib.sha256(self.model_path.read_bytes() + self.charset_path.read_bytes()).hexdigest()
+
+
+def _registered(uri: str) -> Path:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{uri.rstrip('/')}/artifacts"))
+    except MlflowException as exc:
+        raise UserError(f"training.start_from = {uri!r}: MLflow does not have it: {exc.message}") from None
