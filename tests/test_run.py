@@ -142,7 +142,7 @@ def test_mlflow_has_one_finished_run_with_parameters_metrics_tags_and_artifacts(
     info, data = runs[0].info, runs[0].data
     assert info.status == "FINISHED"
     assert (data.params["training.epochs"], data.params["model.size"]) == ("2", "XS")
-    assert data.params["training.learning_rate"] == "0.002"  # not in conf/test: from conf/base
+    assert data.params["training.learning_rate"] == "0.006"  # not in conf/test: from conf/base
     metrics = read_json(catalog(toy.project)["metrics"])["splits"]
     assert data.metrics["test_cer_greedy"] == metrics["test"]["greedy"]["cer"]
     assert data.metrics["validation_wer_beam"] == metrics["validation"]["beam"]["wer"]
@@ -336,7 +336,7 @@ def test_export_writes_what_was_read(toy, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"1 file(s) in {tmp_path}" in done.stdout
     predictions = pd.read_parquet(catalog(toy.project)["predictions"])
-    read = predictions[(predictions["split"] == "test") & (predictions["decoder"] == "greedy")]
+    read = predictions[(predictions["split"] == "test") & (predictions["decoder"] == "beam_lm")]
     exported = pd.read_csv(tmp_path / "lines.tsv", sep="\t", quoting=3, keep_default_na=False)
     assert dict(zip(exported["line_id"], exported["text"], strict=True)) == dict(
         zip(read["line_id"], read["hypothesis"], strict=True)

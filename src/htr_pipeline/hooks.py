@@ -204,7 +204,8 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
     champion = f"alias champion: version {registration['champion_version']}"
     lines = [
         "",
-        f"CER {score['cer']:.2%} (95 % interval {score['cer_low']:.2%} to {score['cer_high']:.2%}), "
+        f"CER {score['cer']:.2%} (95 % interval over {score['interval_over']} {score['cer_low']:.2%} to "
+        f"{score['cer_high']:.2%}), "
         f"WER {score['wer']:.2%} on {score['num_lines']} {split} lines, {decoder}",
         "CER by decoder: " + ", ".join(f"{name} {metrics['splits'][split][name]['cer']:.2%}" for name in DECODERS),
         "",

@@ -130,6 +130,15 @@ def test_calibration_is_fitted_on_validation_lines_and_helps_on_test_lines():
     assert calibration == only_validation
 
 
+def test_interval_is_over_writers_and_of_one_writer_over_lines():
+    several = readings(40, 40)
+    one = several.filter(pc.match_substring(several["writer_id"], "writer-0"))
+    for predictions, unit in ((several, "writers"), (one, "lines")):
+        score = measure(predictions, predictions)["splits"]["test"]["greedy"]
+        assert score["interval_over"] == unit
+        assert score["cer_low"] < score["cer"] < score["cer_high"]
+
+
 def test_calibration_changes_confidences_and_nothing_else():
     before = readings(40, 10)
     calibration, predictions = calibrate_confidences(before)

@@ -1,6 +1,7 @@
 """One page from real tables: what it says, what it hides, and that a browser shows it."""
 
 import base64
+import copy
 import io
 import math
 import re
@@ -389,6 +390,14 @@ def test_version_that_lost_is_said_to_have_lost(inputs):
     text = Page(render(inputs | {"registration": lost})).text_of["header"]
     assert "htr version 3 was not promoted" in text
     assert "The champion is still version 2." in text
+
+
+def test_interval_of_one_writer_comes_with_a_warning(inputs):
+    changed = copy.deepcopy(inputs["metrics"])
+    headline = changed["headline"]
+    changed["splits"][headline["split"]][headline["decoder"]]["interval_over"] = "lines"
+    assert "All test lines are by one writer" in Page(render(inputs | {"metrics": changed})).text_of["header"]
+    assert "by one writer" not in Page(render(inputs)).text_of["header"]
 
 
 def test_splits_are_counted(html, inputs):

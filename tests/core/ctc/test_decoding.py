@@ -521,7 +521,7 @@ class TestFusion:
             model = [None, CharacterNGram.train(texts, order), WordNGram.train(texts, order)][generator.integers(3)]
             words = [word for word in " ".join(texts).split() if bare_word(word)]
             price = generator.choice([0.0, 2.0, math.inf])
-            hot_words = {word: generator.normal() for word in words[:2]}
+            hot_words = {bare_word(word): generator.normal() for word in words[:2]}
             lexicon = Lexicon(words[::2], unknown_price=price, hot_words=hot_words) if generator.integers(2) else None
             language = Language(
                 characters, blank, model, float(generator.exponential()), float(generator.normal()), lexicon

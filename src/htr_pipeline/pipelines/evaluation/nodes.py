@@ -214,11 +214,13 @@ def measure_errors(
 
 def _score(lines: pd.DataFrame, evaluation: EvaluationConfig) -> dict[str, Any]:
     score = score_lines(lines["reference"].tolist(), lines["hypothesis"].tolist())
+    # Of one writer, an interval over writers would have no width and look like certainty.
+    unit = "writers" if lines["writer_id"].nunique() > 1 else "lines"
     intervals = {
         name: bootstrap_interval(
             counts.edits,
             counts.lengths,
-            lines["writer_id"].to_numpy(),
+            lines["writer_id"].to_numpy() if unit == "writers" else None,
             confidence=evaluation.confidence,
             num_samples=evaluation.bootstrap_samples,
             seed=evaluation.seed,
@@ -235,6 +237,7 @@ def _score(lines: pd.DataFrame, evaluation: EvaluationConfig) -> dict[str, Any]:
         "wer": score.wer,
         "wer_low": intervals["wer"][0],
         "wer_high": intervals["wer"][1],
+        "interval_over": unit,
         "macro_cer": score.macro_cer,
         "line_accuracy": score.line_accuracy,
         **{

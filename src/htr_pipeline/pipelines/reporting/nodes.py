@@ -147,8 +147,13 @@ def _warnings(
     shown: Sequence[Mapping[str, Any]],
     rows: Mapping[str, Any],
 ) -> list[str]:
-    """Signs that what is on disk was not made by one and the same run."""
+    """What a reader of the figures has to know: one writer only, or tables that are not of one and the same run."""
     warnings = []
+    headline = metrics["headline"]
+    if metrics["splits"][headline["split"]][headline["decoder"]].get("interval_over") == "lines":
+        warnings.append(
+            f"All {headline['split']} lines are by one writer: the interval is over lines and says nothing of others."
+        )
     if metrics["data_hash"] != feature_stats["data_hash"]:
         warnings.append(
             f"The evaluation was made on data {metrics['data_hash'][:12]}, the features on disk are data "
