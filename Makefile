@@ -40,6 +40,8 @@ format: $(INSTALLED) ## format the code
 bench: $(INSTALLED) ## benchmarks beside what else is installed
 	$(BIN)/python benchmarks/ctc_loss.py
 	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/validation.py
+	$(BIN)/python benchmarks/features.py --synthetic 20000
 	$(BIN)/python benchmarks/features.py --synthetic 5000
 
 ui: $(INSTALLED) ## MLflow's pages on http://127.0.0.1:5000: runs, models, reports

@@ -97,7 +97,7 @@ def _dask_cluster(address: str) -> Iterator[tuple[Executor, int, Callable[[], No
         from distributed.comm import CommClosedError
     except ImportError as exc:
         raise UserError(
-            f"dask_address = {address!r}: Dask is not installed here. `pip install 'htr-pipeline[dask]'`, "
+            f"dask_address = {address!r}: Dask is not installed here. `pip install distributed`, "
             "or dask_address: null for processes of this machine."
         ) from exc
     try:
