@@ -111,14 +111,14 @@ def test_dask_workers_that_die_are_explained(cluster):
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://x", "tcp://"])
 def test_address_without_a_scheduler_is_named(address, monkeypatch):
-    pytest.importorskip("distributed", reason="Dask is an extra: pip install 'htr-pipeline[dask]'")
+    pytest.importorskip("distributed", reason="Dask is an extra: pip install distributed")
     monkeypatch.setattr("htr_pipeline.io.workers._CONNECT_SECONDS", 0.5)
     with pytest.raises(UserError, match=f"dask_address = '{address}': no Dask scheduler answers"):
         list(map_jobs(square, [1], dask_address=address))
 
 
 def test_scheduler_without_workers_is_named(monkeypatch):
-    distributed = pytest.importorskip("distributed", reason="Dask is an extra: pip install 'htr-pipeline[dask]'")
+    distributed = pytest.importorskip("distributed", reason="Dask is an extra: pip install distributed")
     monkeypatch.setattr("htr_pipeline.io.workers._CONNECT_SECONDS", 1.0)
     with (
         distributed.LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty,
@@ -129,5 +129,5 @@ def test_scheduler_without_workers_is_named(monkeypatch):
 
 def test_missing_dask_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(UserError, match=r"Dask is not installed here.*htr-pipeline\[dask\]"):
+    with pytest.raises(UserError, match=r"Dask is not installed here.*pip install distributed"):
         list(map_jobs(square, [1], dask_address="tcp://127.0.0.1:8786"))
