@@ -1,11 +1,19 @@
 import json
+import zipfile
 
+import fontpkg
+import numpy as np
 import pytest
 
+from htr_pipeline.core.batching import Line
 from htr_pipeline.core.config import UserError
-from htr_pipeline.core.recipe import ModelConfig
+from htr_pipeline.core.image import ImageConfig, normalise_line
+from htr_pipeline.core.metrics import score_lines
+from htr_pipeline.core.recipe import DecodingConfig, ModelConfig
+from htr_pipeline.core.synthesis import Font, draw_style, render_line
 from htr_pipeline.core.text import Charset
-from htr_pipeline.io.starting_point import StartingPoint
+from htr_pipeline.io import starting_point
+from htr_pipeline.io.starting_point import STARTER_FOLDER, StartingPoint
 
 pytest.importorskip("keras")
 
@@ -36,3 +44,54 @@ def test_files_that_do_not_belong_together_are_named(tmp_path):
 def test_a_broken_charset_is_named(tmp_path, charset):
     with pytest.raises(UserError, match=r"charset\.json: this is no charset"):
         saved(tmp_path, charset, 4).charset()
+
+
+# --- the starter model -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def starter():
+    if not (STARTER_FOLDER / "model.keras").exists():
+        pytest.skip(f"there is no starter model in {STARTER_FOLDER}")
+    return StartingPoint.find("starter")
+
+
+def test_an_installation_without_a_starter_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(starting_point, "STARTER_FOLDER", tmp_path)
+    with pytest.raises(UserError, match=r"'starter': This installation has no starter model in .*models:/htr@champion"):
+        StartingPoint.find("starter")
+
+
+def test_starter_is_the_model_of_the_package(tmp_path, monkeypatch):
+    saved(tmp_path, Charset("abc").to_json(), 4)
+    monkeypatch.setattr(starting_point, "STARTER_FOLDER", tmp_path)
+    assert StartingPoint.find("starter").model_path == tmp_path / "model.keras"
+
+
+def test_starter_is_small_and_holds_no_optimizer(starter):
+    assert sum(path.stat().st_size for path in STARTER_FOLDER.iterdir()) <= 8_000_000
+    with zipfile.ZipFile(starter.model_path) as file:
+        assert set(file.namelist()) == {"metadata.json", "config.json", "model.weights.h5"}
+        assert not json.loads(file.read("config.json"))["compile_config"]
+
+
+def test_starter_comes_with_a_complete_card(starter):
+    card = (STARTER_FOLDER / "README.md").read_text(encoding="utf-8")
+    assert "{" not in card, "a placeholder of the model card is left"
+    for credit in ("BAnQ", "Testaments de Poilus", "CC BY 4.0"):
+        assert credit in card
+
+
+def test_starter_reads_a_rendered_line_normalised_by_the_default_settings(starter):
+    from htr_pipeline.core.inference import Network
+
+    text, font = "la maison de ma mère est dans la rue", Font("kalam", (fontpkg.path("kalam", 400),))
+    pixels, model = ImageConfig(), starter.model()
+    assert model.inputs[0].shape[-1] == pixels.height_pixels
+    lines = []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        lines.append(Line(str(seed), normalise_line(render_line(text, draw_style(rng, font), rng), pixels).pixels, ""))
+    network = Network(model, starter.charset())
+    readings = network.decode(network.log_probs(lines), DecodingConfig(decoder="greedy"))
+    assert score_lines([text] * 4, [reading.text for reading in readings]).cer < 0.2

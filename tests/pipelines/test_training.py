@@ -5,10 +5,16 @@ import pytest
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
-from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, TrainingConfig
+from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset
 from htr_pipeline.io.datasets import LanguageModel
-from htr_pipeline.pipelines.training.nodes import CheckpointConfig, collect_charset, collect_words, train_language_model
+from htr_pipeline.pipelines.training.nodes import (
+    CheckpointConfig,
+    build_network,
+    collect_charset,
+    collect_words,
+    train_language_model,
+)
 
 TRAINING = ["the road to Verdun", "the (old) road, 1916"]
 
@@ -116,3 +122,17 @@ def test_a_start_that_is_not_there_is_named(tmp_path, monkeypatch, place):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     with pytest.raises(UserError, match=rf"training\.start_from = '{place}'"):
         characters(start_from=place)
+
+
+def test_a_start_from_lines_of_another_height_is_warned_of(tmp_path, caplog):
+    pytest.importorskip("keras")
+    stats = {"height_pixels": 32, "width_pixels": {"median": 300}}
+    charset, small = Charset("ab"), ModelConfig(size="XS")
+    build_network(small, TrainingConfig(), charset, stats).save(tmp_path / "model.keras")
+    (tmp_path / "charset.json").write_text(charset.to_json(), encoding="utf-8")
+    start = TrainingConfig(start_from=str(tmp_path))
+    build_network(small, start, charset, stats)
+    assert "pixels high, these are" not in caplog.text
+    build_network(small, start, charset, stats | {"height_pixels": 48})
+    assert "was trained on lines 32 pixels high, these are 48" in caplog.text
+    assert "Set features.height_pixels to 32" in caplog.text

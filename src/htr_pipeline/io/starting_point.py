@@ -1,13 +1,18 @@
-"""The trained network that fine-tuning starts from, in a folder or in the MLflow Model Registry."""
+"""The trained network that fine-tuning starts from: in a folder, in the MLflow Model Registry, or in this package."""
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import htr_pipeline
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.text import Charset
 from htr_pipeline.io.datasets import KerasModel
+
+# The model that the package brings along, under this name; a folder of that name is ./starter.
+STARTER = "starter"
+STARTER_FOLDER = Path(htr_pipeline.__file__).parent / "starter"
 
 
 @dataclass(frozen=True)
@@ -27,18 +32,24 @@ class StartingPoint:
         """Finds the files.
 
         Args:
-            place: a folder with charset.json and model.keras, as training writes them, or a models:/ URI of MLflow.
+            place: a folder with charset.json and model.keras, as training writes them, a models:/ URI of MLflow, or
+                "starter".
 
         Raises:
             UserError: they are not there.
         """
-        folder = _registered(place) if place.startswith("models:") else Path(place)
+        if place == STARTER:
+            folder = STARTER_FOLDER
+        else:
+            folder = _registered(place) if place.startswith("models:") else Path(place)
         models = [folder / name for name in ("model.keras", "network.keras") if (folder / name).is_file()]
         charset = folder / "charset.json"
         if not models or not charset.is_file():
+            missing = f" This installation has no starter model in {folder}." if place == STARTER else ""
             raise UserError(
-                f"training.start_from = {place!r}: expected a folder with model.keras and charset.json, as training "
-                "writes them to data/06_models, or the URI of a registered model, such as models:/htr@champion."
+                f"training.start_from = {place!r}:{missing} Expected a folder with model.keras and charset.json, as "
+                "training writes them to data/06_models, the URI of a registered model, such as models:/htr@champion, "
+                "or starter, the model that the package brings along."
             )
         return cls(models[0], charset)
 

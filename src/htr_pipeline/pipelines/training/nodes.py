@@ -170,7 +170,14 @@ def build_network(model: ModelConfig, training: TrainingConfig, charset: Charset
     network = build_model(model, charset.num_classes, feature_stats["height_pixels"], training.seed)
     if training.start_from:
         start = StartingPoint.find(training.start_from)
-        copy_weights(start.model(), start.charset(), network, charset)
+        trained = start.model()
+        copy_weights(trained, start.charset(), network, charset)
+        known, height = trained.inputs[0].shape[-1], feature_stats["height_pixels"]
+        if known != height:
+            logger.warning(
+                "%r was trained on lines %d pixels high, these are %d: it knows strokes of another size, and fine-tuning "
+                "gains less. Set features.height_pixels to %d.", training.start_from, known, height, known
+            )  # fmt: skip
     width = feature_stats["width_pixels"]["median"]
     logger.info(
         "Network %s: %.2f million parameters, %.2f billion multiplications for a line of %d x %d pixels (the median).",
