@@ -88,6 +88,12 @@ def mlflow_runs(project):
     return store.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])
 
 
+def artifact(run, name):
+    import mlflow
+
+    return mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{name}")
+
+
 def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -152,7 +158,13 @@ def test_mlflow_has_one_finished_run_with_parameters_metrics_tags_and_artifacts(
     assert data.tags["git_commit"] == head.stdout.strip()
     assert data.tags["data_hash"] == read_json(catalog(toy.project)["feature_stats"])["data_hash"]
     artifacts = {artifact.path for artifact in client(toy.project).list_artifacts(info.run_id)}
-    assert {"report.html", "validation"} <= artifacts
+    assert {"report.html", "validation", "learning_curves.svg", "samples.json"} <= artifacts
+    read = artifact(runs[0], "samples.json")
+    assert {sample["epoch"] for sample in json.loads(read)} == {1, 2}
+    assert {sample["reference"] for sample in json.loads(read)} <= set(
+        pd.read_parquet(catalog(toy.project)["manifest"])["text"]
+    )
+    assert artifact(runs[0], "learning_curves.svg") == catalog(toy.project)["learning_curves"].read_text()
     docs = {artifact.path for artifact in client(toy.project).list_artifacts(info.run_id, "validation")}
     assert "validation/summary.html" in docs
 
@@ -319,6 +331,8 @@ def test_training_goes_on_after_sigkill_in_the_same_mlflow_run_with_the_same_res
     assert actual.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(actual[name], array, err_msg=name)
+    epochs = [sample["epoch"] for sample in json.loads(artifact(runs[0], "samples.json"))]
+    assert {epoch: epochs.count(epoch) for epoch in epochs} == dict.fromkeys(range(1, 7), 5)
     timeless = ["epoch", "step", "train_loss", "train_cer", "validation_loss", "validation_cer", "learning_rate"]
     pd.testing.assert_frame_equal(pd.read_parquet(paths["history"])[timeless], history[timeless])
 

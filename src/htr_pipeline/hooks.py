@@ -93,6 +93,8 @@ class MlflowHook:
                     mlflow.log_metrics({f"{split}_{name}_{decoder}": score[name] for name in ("cer", "wer")})
         elif dataset_name == "validation_summary":
             mlflow.log_dict(data, "validation_summary.json")
+        elif dataset_name == "learning_curves":
+            mlflow.log_text(data, "learning_curves.svg")
         elif dataset_name == "report":
             mlflow.log_text(data, "report.html")
 

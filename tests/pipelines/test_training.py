@@ -1,5 +1,7 @@
 """Charset, language model and lexicon as the training pipeline makes them; the network: tests/core and test_run."""
 
+import re
+
 import pyarrow as pa
 import pytest
 
@@ -13,6 +15,7 @@ from htr_pipeline.pipelines.training.nodes import (
     build_network,
     collect_charset,
     collect_words,
+    draw_learning_curves,
     train_language_model,
 )
 
@@ -136,3 +139,15 @@ def test_a_start_from_lines_of_another_height_is_warned_of(tmp_path, caplog):
     build_network(small, start, charset, stats | {"height_pixels": 48})
     assert "was trained on lines 32 pixels high, these are 48" in caplog.text
     assert "Set features.height_pixels to 32" in caplog.text
+
+
+@pytest.mark.parametrize("num_epochs", [1, 40])
+def test_learning_curves_are_a_picture_of_the_history_and_the_same_each_time(num_epochs):
+    columns = ["train_loss", "validation_loss", "train_cer", "validation_cer", "learning_rate"]
+    epochs = list(range(1, num_epochs + 1))
+    history = pa.table({"epoch": epochs} | {name: [1.0 / epoch for epoch in epochs] for name in columns})
+    picture = draw_learning_curves(history)
+    assert picture.startswith("<?xml")
+    assert f"CER, lowest {1 / num_epochs:.2%}" in picture
+    assert {name.replace("_", " ") for name in columns} <= set(re.findall(r">([^<]+)</text>", picture))
+    assert draw_learning_curves(history) == picture

@@ -1,6 +1,7 @@
 """Nodes: features → charset, model, history."""
 
 import hashlib
+import io
 import json
 import logging
 import signal
@@ -28,6 +29,9 @@ from htr_pipeline.io.manifest import HISTORY, to_table
 from htr_pipeline.io.starting_point import StartingPoint
 
 logger = logging.getLogger(__name__)
+
+# Of the MLflow run: how the same few validation lines are read after each epoch.
+_SAMPLES = "samples.json"
 
 
 @config("checkpoint")
@@ -175,8 +179,8 @@ def build_network(model: ModelConfig, training: TrainingConfig, charset: Charset
         known, height = trained.inputs[0].shape[-1], feature_stats["height_pixels"]
         if known != height:
             logger.warning(
-                "%r was trained on lines %d pixels high, these are %d: it knows strokes of another size, and fine-tuning "
-                "gains less. Set features.height_pixels to %d.", training.start_from, known, height, known
+                "%r was trained on lines %d pixels high, these are %d: it knows strokes of another size, so that "
+                "fine-tuning gains less. Set features.height_pixels to %d.", training.start_from, known, height, known
             )  # fmt: skip
     width = feature_stats["width_pixels"]["median"]
     logger.info(
@@ -188,6 +192,31 @@ def build_network(model: ModelConfig, training: TrainingConfig, charset: Charset
         feature_stats["height_pixels"],
     )
     return network
+
+
+def draw_learning_curves(history: pa.Table) -> str:
+    """History → learning_curves: loss, CER and learning rate by epoch, an SVG picture."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    rows = history.to_pydict()
+    charts = {
+        "Loss, nats a line": ("train_loss", "validation_loss"),
+        f"CER, lowest {min(rows['validation_cer']):.2%}": ("train_cer", "validation_cer"),
+        "Learning rate": ("learning_rate",),
+    }
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    for axes, (title, columns) in zip(figure.subplots(1, len(charts)), charts.items(), strict=True):
+        for column in columns:
+            axes.plot(rows["epoch"], rows[column], marker=".", label=column.replace("_", " "))
+        axes.set(title=title, xlabel="epoch", yscale="linear" if "learning_rate" in columns else "log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    stream = io.StringIO()
+    # Texts as texts, no date, and ids from a fixed salt: equal runs draw equal pictures.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "learning_curves"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue()
 
 
 def check_training_batch(
@@ -222,11 +251,15 @@ def clear_checkpoint(model: Any, history: pa.Table, checkpoint: CheckpointConfig
 
 
 class _TrainingProgress:
-    """A progress bar over the whole training, a log line and MLflow metrics after each epoch; Ctrl-C ends it."""
+    """A progress bar over the whole training, after each epoch a log line, and metrics and readings in MLflow.
+
+    Ctrl-C ends training.
+    """
 
     _stop_asked = False
 
     def __enter__(self) -> "_TrainingProgress":
+        self._samples = _logged_samples()
         self._on_main_thread = threading.current_thread() is threading.main_thread()
         if self._on_main_thread:
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
@@ -281,3 +314,17 @@ class _TrainingProgress:
         if mlflow.active_run():
             figures = {k: v for k, v in row.items() if k not in ("epoch", "step", "verdict")}
             mlflow.log_metrics(figures, step=int(row["step"]))
+            # A run that goes on repeats the epochs since its checkpoint.
+            self._samples = [sample for sample in self._samples if sample["epoch"] < row["epoch"]]
+            self._samples += [{"epoch": row["epoch"], "reference": r, "hypothesis": h} for r, h in samples]
+            mlflow.log_text(json.dumps(self._samples, ensure_ascii=False, indent=1), _SAMPLES)
+
+
+def _logged_samples() -> list[dict[str, Any]]:
+    """What the MLflow run holds already, if it goes on after an interruption."""
+    import mlflow
+
+    run = mlflow.active_run()
+    if not run or _SAMPLES not in [file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)]:
+        return []
+    return json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{_SAMPLES}"))

@@ -1,4 +1,4 @@
-"""features → charset, language_model, lexicon, model, history."""
+"""features → charset, language_model, lexicon, model, history, learning_curves."""
 
 from kedro.pipeline import Node, Pipeline
 
@@ -6,6 +6,7 @@ from htr_pipeline.pipelines.training.nodes import (
     clear_checkpoint,
     collect_charset,
     collect_words,
+    draw_learning_curves,
     train,
     train_language_model,
 )
@@ -48,6 +49,7 @@ def create_pipeline() -> Pipeline:
                 name="train_network",
                 tags="gpu",
             ),
+            Node(draw_learning_curves, "history", "learning_curves", name="draw_learning_curves"),
             Node(clear_checkpoint, ["model", "history", "params:checkpoint"], None, name="clear_checkpoint"),
         ],
         tags="training",
