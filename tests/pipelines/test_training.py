@@ -148,6 +148,6 @@ def test_learning_curves_are_a_picture_of_the_history_and_the_same_each_time(num
     history = pa.table({"epoch": epochs} | {name: [1.0 / epoch for epoch in epochs] for name in columns})
     picture = draw_learning_curves(history)
     assert picture.startswith("<?xml")
-    assert f"CER, lowest {1 / num_epochs:.2%}" in picture
+    assert f"CER, lowest on validation {1 / num_epochs:.2%}" in picture
     assert {name.replace("_", " ") for name in columns} <= set(re.findall(r">([^<]+)</text>", picture))
     assert draw_learning_curves(history) == picture

@@ -198,20 +198,28 @@ def draw_learning_curves(history: pa.Table) -> str:
     """History → learning_curves: loss, CER and learning rate by epoch, an SVG picture."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
     rows = history.to_pydict()
-    charts = {
-        "Loss, nats a line": ("train_loss", "validation_loss"),
-        f"CER, lowest {min(rows['validation_cer']):.2%}": ("train_cer", "validation_cer"),
-        "Learning rate": ("learning_rate",),
-    }
     figure = Figure(figsize=(13, 4), layout="constrained")
-    for axes, (title, columns) in zip(figure.subplots(1, len(charts)), charts.items(), strict=True):
+    losses, errors, rates = figure.subplots(1, 3)
+    losses.set(title="Loss, nats a line", yscale="log")
+    errors.set(title=f"CER, lowest on validation {min(rows['validation_cer']):.2%}", yscale="log")
+    rates.set(title="Learning rate")
+    for axes, columns in (
+        (losses, ("train_loss", "validation_loss")),
+        (errors, ("train_cer", "validation_cer")),
+        (rates, ("learning_rate",)),
+    ):
         for column in columns:
             axes.plot(rows["epoch"], rows[column], marker=".", label=column.replace("_", " "))
-        axes.set(title=title, xlabel="epoch", yscale="linear" if "learning_rate" in columns else "log")
-        axes.grid(alpha=0.3, which="both")
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
         axes.legend()
+    for axes, formatter in ((losses, "{x:g}"), (errors, PercentFormatter(1.0))):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        axes.yaxis.set_major_formatter(formatter)
+        axes.yaxis.set_minor_formatter(NullFormatter())
     stream = io.StringIO()
     # Texts as texts, no date, and ids from a fixed salt: equal runs draw equal pictures.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "learning_curves"}):
