@@ -43,6 +43,7 @@ bench: $(INSTALLED) ## benchmarks beside what else is installed
 	$(BIN)/python benchmarks/validation.py
 	$(BIN)/python benchmarks/features.py --synthetic 20000
 	$(BIN)/python benchmarks/features.py --synthetic 5000
+	$(BIN)/python benchmarks/training.py --minutes 5
 
 ui: $(INSTALLED) ## MLflow's pages on http://127.0.0.1:5000: runs, models, reports
 	$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000

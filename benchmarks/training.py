@@ -1,0 +1,284 @@
+"""CER after a budget of training, with the learning curve, beside kraken on the same lines for the same processor time.
+
+    python benchmarks/training.py --minutes 5                                   # the demo
+    python benchmarks/training.py LINES --minutes 30 --ketos PATH/TO/ketos      # LINES: any source of `kedro run`
+    python benchmarks/training.py LINES --minutes 10 --train-lines 300 --start-from starter training.learning_rate=5e-4
+
+What is measured is `kedro run`, in a folder of its own: import, validation, features, training until the clock of the
+budget runs out, language model, evaluation. KEY=VALUE overrides any setting; one of conf/base applies where none is
+given, conf/local is left out. The processor time is that of `kedro run --pipeline training` from its start to its end.
+
+kraken lives in an environment of its own (`pip install torch==2.13.0 kraken`). It is trained twice on the same lines
+and splits: with its defaults, and as a network of our size, in batches and with augmentation. A training is killed when
+it has used as much processor time as ours; its checkpoint with the best validation figure reads the test lines, and its
+readings are scored as ours are. Lines of pages are given to it cut out, as ours are.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from htr_pipeline.core.metrics import bootstrap_interval, paired_bootstrap, score_lines
+from htr_pipeline.core.recipe import DECODERS
+from htr_pipeline.core.text import normalise_text
+from htr_pipeline.io.features import line_images
+from htr_pipeline.io.manifest import SPLITS, image_roots
+
+ROOT = Path(__file__).parents[1]
+EPOCHS = 1_000_000  # the clock ends training
+MOST_ROWS = 20  # of the learning curve
+
+# 1.0 million parameters and 0.24 billion multiplications for a line of 600 x 48 pixels, as our size S.
+SMALL_NETWORK = (
+    "[1,48,0,1 Cr3,3,16 Mp2,2 Cr3,3,32 Mp2,2 Cr3,3,64 Mp2,1 Cr3,3,64 S1(1x0)1,3 Do0.2,2 Lbx128 Do0.2,2 Lbx128 Do0.2,2]"
+)
+KRAKEN = {
+    "kraken, its defaults": [],
+    "kraken, small": ["-s", SMALL_NETWORK, "-B", "16", "--augment", "-q", "fixed", "-N", str(EPOCHS)],
+}
+
+
+def new_project(folder, settings):
+    """The project with these settings, so that what the user has in data/ stays."""
+    ignored = shutil.ignore_patterns("__pycache__", "local")
+    shutil.copytree(ROOT / "conf", folder / "conf", ignore=ignored)
+    # Not a link: Kedro insists on code within the project.
+    shutil.copytree(ROOT / "src" / "htr_pipeline", folder / "src" / "htr_pipeline", ignore=ignored)
+    shutil.copy2(ROOT / "pyproject.toml", folder)
+    (folder / "conf" / "local").mkdir()
+    (folder / "conf" / "local" / "parameters.yml").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def read_settings(arguments):
+    """Settings of the arguments; those that are given by name go before."""
+    settings = {
+        "training.max_minutes": arguments.minutes,
+        "training.epochs": EPOCHS,
+        "training.seed": arguments.seed,
+    }
+    if arguments.source:
+        settings |= {"source.path": str(arguments.source.resolve()), "source.format": "auto"}
+    if arguments.start_from:
+        folder = Path(arguments.start_from)
+        settings["training.start_from"] = str(folder.resolve()) if folder.is_dir() else arguments.start_from
+    for override in arguments.overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            sys.exit(f"{override!r}: expected a setting as KEY=VALUE, for instance training.batch_size=32.")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    nested = {}
+    for key, value in settings.items():
+        *blocks, name = key.split(".")
+        place = nested
+        for block in blocks:
+            place = place.setdefault(block, {})
+        place[name] = value
+    return nested
+
+
+def kedro_run(folder, *options):
+    """Seconds of processor time."""
+    return run([sys.executable, "-m", "kedro", "run", *options], folder)
+
+
+def run(command, folder, processor_seconds=None):
+    """Runs a command, ended after that much processor time; seconds of processor time that it used."""
+    before = used_by_children()
+
+    def limit():
+        if processor_seconds:
+            resource.setrlimit(resource.RLIMIT_CPU, (int(processor_seconds), int(processor_seconds) + 10))
+
+    with (folder / "log.txt").open("ab") as log:
+        done = subprocess.run(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, preexec_fn=limit)
+    if done.returncode and done.returncode != -signal.SIGXCPU:
+        tail = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
+        sys.exit(f"{tail}\n{' '.join(command[:4])} ... ended with code {done.returncode}.")
+    return used_by_children() - before
+
+
+def used_by_children():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def keep_training_lines(path, num_lines, seed):
+    """Leaves that many training lines in the manifest, drawn by seed; fewer are always among more."""
+    manifest = pq.read_table(path)
+    splits = dict(zip(manifest["line_id"].to_pylist(), manifest["split"].to_pylist(), strict=True))
+    known = sorted(line_id for line_id, split in splits.items() if split == "train")
+    if num_lines > len(known):
+        sys.exit(f"--train-lines {num_lines}: there are {len(known)} training lines.")
+    drawn = {known[index] for index in np.random.default_rng(seed).permutation(len(known))[:num_lines]}
+    pq.write_table(manifest.filter([line in drawn or split != "train" for line, split in splits.items()]), path)
+
+
+def train_ours(folder, settings, arguments):
+    """Processor seconds of training."""
+    new_project(folder, settings)
+    kedro_run(folder, "--pipeline", "data_validation")
+    if arguments.train_lines:
+        keep_training_lines(folder / "data/02_intermediate/manifest.parquet", arguments.train_lines, arguments.seed)
+    kedro_run(folder, "--pipeline", "feature_extraction")
+    used = kedro_run(folder, "--pipeline", "training")
+    kedro_run(folder, "--pipeline", "evaluation")
+    return used
+
+
+def show_curve(history):
+    print(f"\n{'epoch':>8}{'seconds':>10}{'lines/s':>10}{'train CER':>12}{'validation CER':>16}")
+    rows = history.to_pylist()
+    shown = {*range(0, len(rows), -(-len(rows) // MOST_ROWS)), len(rows) - 1}
+    for row in (rows[index] for index in sorted(shown)):
+        print(
+            f"{row['epoch']:>8}{row['elapsed_seconds']:>10.0f}{row['lines_per_second']:>10.0f}"
+            f"{row['train_cer']:>12.2%}{row['validation_cer']:>16.2%}"
+        )
+    best = min(rows, key=lambda row: row["validation_cer"])
+    waited = sum(row["data_wait_seconds"] for row in rows) / rows[-1]["elapsed_seconds"]
+    print(f"Best: epoch {best['epoch']}, {best['validation_cer']:.2%}. Waiting for data: {waited:.1%} of the time.")
+
+
+def show_header():
+    print(f"\n{'test lines':26}{'CER':>9}{'95 % interval':>19}{'WER':>9}{'95 % interval':>19}{'CPU s':>9}", flush=True)
+
+
+def show_score(name, score, used):
+    cells = (
+        f"{score[rate]:>9.2%}{'{:.2%} to {:.2%}'.format(score[f'{rate}_low'], score[f'{rate}_high']):>19}"
+        for rate in ("cer", "wer")
+    )
+    print(f"{name:26}{''.join(cells)}{used:>9.0f}", flush=True)
+
+
+def write_lines(project, folder):
+    """Every line as NAME.png with NAME.gt.txt, as kraken takes them, and a list of each split; the test lines' rows."""
+    manifest = pq.read_table(project / "data/02_intermediate/manifest.parquet")
+    roots = {source: project / root for source, root in image_roots(manifest).items()}
+    rows = {split: {} for split in SPLITS}
+    for index, (row, grey) in enumerate(line_images(manifest.to_pylist(), roots)):
+        path = folder / row["split"] / f"{index:07d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grey).save(path, compress_level=1)
+        path.with_suffix(".gt.txt").write_text(row["text"], encoding="utf-8")
+        rows[row["split"]][path] = row
+    for split, paths in rows.items():
+        (folder / f"{split}.txt").write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
+    return rows["test"]
+
+
+def read_with_kraken(ketos, options, lines, seed, test, folder, processor_seconds):
+    """Trains kraken for that much processor time; its reading of each test line, the seconds, and the best epoch."""
+    folder.mkdir()
+    # On one thread, its default: on a busy machine, two spent most of their processor time waiting for each other.
+    train = [ketos, "-d", "cpu", "-s", str(seed), "--workers", "0", "train"]
+    data = ["-f", "path", "-t", str(lines / "train.txt"), "-e", str(lines / "validation.txt")]
+    used = run([*train, *data, "-o", "checkpoints", *options], folder, processor_seconds)
+    checkpoints = {}
+    for path in (folder / "checkpoints").glob("checkpoint_*-*.ckpt"):
+        epoch, accuracy = path.stem.removeprefix("checkpoint_").split("-", maxsplit=1)
+        checkpoints[float(accuracy), int(epoch)] = path
+    if not checkpoints:
+        return None, used, "no epoch was finished"
+    (accuracy, epoch), best = max(checkpoints.items())
+    run([ketos, "convert", "-o", "best.safetensors", str(best)], folder)
+    kraken = [str(Path(ketos).with_name("kraken")), "-d", "cpu", "-I", str(lines / "test" / "*.png"), "-o", ".read.txt"]
+    run([*kraken, "ocr", "-s", "-m", "best.safetensors", "-B", "16", "--num-line-workers", "0"], folder)
+    readings, missing = [], 0
+    for path in test:
+        reading = path.with_suffix(".read.txt")
+        missing += not reading.exists()
+        readings.append(normalise_text(reading.read_text(encoding="utf-8")) if reading.exists() else "")
+        reading.unlink(missing_ok=True)
+    note = f"epoch {epoch + 1}, {accuracy:.2%} right on validation by its own count"
+    return readings, used, note + (f"; {missing} lines were not read" if missing else "")
+
+
+def score(references, hypotheses, writers):
+    """As the evaluation makes it."""
+    scored = score_lines(references, hypotheses)
+    groups = np.array(writers) if len(set(writers)) > 1 else None
+    figures = {}
+    for name, counts in (("cer", scored.characters), ("wer", scored.words)):
+        low, high = bootstrap_interval(counts.edits, counts.lengths, groups, seed=1)
+        figures |= {name: counts.rate, f"{name}_low": low, f"{name}_high": high}
+    return scored, figures, groups
+
+
+def compare_with_kraken(arguments, project, folder, used):
+    test = write_lines(project, folder / "lines")
+    references, writers, line_ids = ([row[n] for row in test.values()] for n in ("text", "writer_id", "line_id"))
+    predictions = pq.read_table(project / "data/07_model_output/predictions.parquet").to_pylist()
+    greedy = {row["line_id"]: row["hypothesis"] for row in predictions if row["decoder"] == "greedy"}
+    ours, _, groups = score(references, [greedy[line_id] for line_id in line_ids], writers)
+    notes = []
+    for name, options in KRAKEN.items():
+        place = folder / name.replace(", ", "-").replace(" ", "-")
+        readings, seconds, note = read_with_kraken(
+            arguments.ketos, options, folder / "lines", arguments.seed, test, place, used
+        )
+        if readings is not None:
+            theirs, figures, _ = score(references, readings, writers)
+            show_score(name, figures, seconds)
+            pair = (ours.characters.edits, theirs.characters.edits, ours.characters.lengths, groups)
+            compared = paired_bootstrap(*pair)
+            note += (
+                f"; ours, greedy, makes {1 - ours.cer / max(theirs.cer, 1e-9):.0%} fewer errors "
+                f"(difference of CER {compared.low:+.2%} to {compared.high:+.2%})"
+            )
+        notes.append(f"{name}: {note}.")
+    print("\n".join(["", *notes]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", type=Path, help="folder or table with lines; default: the demo")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of conf/base, changed")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of training, by the clock (default 5)")
+    parser.add_argument("--train-lines", type=int, help="so many of the training lines, drawn by --seed")
+    parser.add_argument("--start-from", help="training.start_from")
+    parser.add_argument("--seed", type=int, default=1, help="of training and of the drawing (default 1)")
+    parser.add_argument("--ketos", help="kraken's program, to train it too")
+    parser.add_argument("--keep", type=Path, help="new folder for everything that is made; default: removed at the end")
+    arguments = parser.parse_intermixed_args()
+    if arguments.source and "=" in str(arguments.source) and not arguments.source.exists():
+        arguments.overrides.insert(0, str(arguments.source))
+        arguments.source = None
+    settings = read_settings(arguments)
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.keep or Path(temporary) / "training"
+        folder.mkdir(parents=True)
+        folder = folder.resolve()
+        project = folder / "ours"
+        project.mkdir()
+        used = train_ours(project, settings, arguments)
+        stats = json.loads((project / "data/04_feature/feature_stats.json").read_text(encoding="utf-8"))
+        print("lines: " + ", ".join(f"{split} {count:,}" for split, count in stats["num_lines"].items()))
+        history = pq.read_table(project / "data/06_models/history.parquet")
+        show_curve(history)
+        metrics = json.loads((project / "data/07_model_output/metrics.json").read_text(encoding="utf-8"))
+        print(metrics["signature"])
+        show_header()
+        for decoder in DECODERS:
+            show_score(f"ours, {decoder}", metrics["splits"]["test"][decoder], used)
+        if arguments.ketos:
+            compare_with_kraken(arguments, project, folder, used)
+
+
+if __name__ == "__main__":
+    main()
