@@ -247,7 +247,7 @@ def compare_with_kraken(arguments, project, folder, used):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", type=Path, help="folder or table with lines; default: the demo")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of conf/base, changed")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of conf/base, changed; paths are absolute")
     parser.add_argument("--minutes", type=float, default=5.0, help="of training, by the clock (default 5)")
     parser.add_argument("--train-lines", type=int, help="so many of the training lines, drawn by --seed")
     parser.add_argument("--start-from", help="training.start_from")

@@ -179,8 +179,8 @@ def build_network(model: ModelConfig, training: TrainingConfig, charset: Charset
         known, height = trained.inputs[0].shape[-1], feature_stats["height_pixels"]
         if known != height:
             logger.warning(
-                "%r was trained on lines %d pixels high, these are %d: it knows strokes of another size, so that "
-                "fine-tuning gains less. Set features.height_pixels to %d.", training.start_from, known, height, known
+                "%r was trained on lines %d pixels high, these are %d: it knows strokes of another size. "
+                "Set features.height_pixels to %d.", training.start_from, known, height, known
             )  # fmt: skip
     width = feature_stats["width_pixels"]["median"]
     logger.info(
