@@ -184,7 +184,8 @@ def write_lines(project, folder):
 def read_with_kraken(ketos, options, lines, seed, test, folder, processor_seconds):
     """Trains kraken for that much processor time; its reading of each test line, the seconds, and the best epoch."""
     folder.mkdir()
-    # On one thread, its default: on a busy machine, two spent most of their processor time waiting for each other.
+    # In one process, since the limit of processor time is one of processes. On one thread, its default: on a busy
+    # machine, two spent most of their processor time waiting for each other.
     train = [ketos, "-d", "cpu", "-s", str(seed), "--workers", "0", "train"]
     data = ["-f", "path", "-t", str(lines / "train.txt"), "-e", str(lines / "validation.txt")]
     used = run([*train, *data, "-o", "checkpoints", *options], folder, processor_seconds)
@@ -247,7 +248,7 @@ def compare_with_kraken(arguments, project, folder, used):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", type=Path, help="folder or table with lines; default: the demo")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of conf/base, changed; paths are absolute")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings; paths in them are absolute")
     parser.add_argument("--minutes", type=float, default=5.0, help="of training, by the clock (default 5)")
     parser.add_argument("--train-lines", type=int, help="so many of the training lines, drawn by --seed")
     parser.add_argument("--start-from", help="training.start_from")
