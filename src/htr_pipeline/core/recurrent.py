@@ -6,6 +6,10 @@ here once for all frames as large matrix products; the loop keeps what truly dep
 
 import tensorflow as tf
 
+# Training compiles the loop over so many frames, and calls it until a line is through: compiled once, not for each
+# width. Batches are padded to a multiple of it (batching.WIDTH_MULTIPLE_PIXELS).
+_CHUNK_FRAMES = 16
+
 
 def lstm(projected: tf.Tensor, recurrent_kernel: tf.Tensor, training: bool) -> tf.Tensor:
     """Hidden states of D independent LSTMs run side by side.
@@ -14,7 +18,7 @@ def lstm(projected: tf.Tensor, recurrent_kernel: tf.Tensor, training: bool) -> t
         projected: (T, D, B, 4 * units) float32. Input times kernel plus bias; input, forget and output gate, then
             candidate.
         recurrent_kernel: (D, units, 4 * units) float32.
-        training: compiles the loop with XLA, once for each shape, and writes the gradient out. Otherwise nothing is
+        training: compiles the loop with XLA, once for each B, and writes the gradient out. Otherwise nothing is
             compiled: a server meets too many shapes once each.
 
     Returns:
@@ -22,26 +26,72 @@ def lstm(projected: tf.Tensor, recurrent_kernel: tf.Tensor, training: bool) -> t
 
     Source: Hochreiter and Schmidhuber, Neural Computation 9 (1997), with the forget gate of Gers et al. (2000).
     """
-    return _trained(projected, recurrent_kernel) if training else _run(projected, recurrent_kernel)[0]
+    if training:
+        return _trained(projected, recurrent_kernel)
+    zeros = tf.zeros_like(projected[0, ..., : recurrent_kernel.shape[1]])
+    return _run(projected, recurrent_kernel, zeros, zeros)[0]
 
 
 @tf.custom_gradient
 def _trained(projected: tf.Tensor, recurrent_kernel: tf.Tensor) -> tuple[tf.Tensor, object]:
-    hidden, cells, gates = _compiled_run(projected, recurrent_kernel)
-
-    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return _compiled_gradient(upstream, hidden, cells, gates, recurrent_kernel)
-
-    return hidden, gradient
-
-
-def _run(projected: tf.Tensor, recurrent_kernel: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    units = recurrent_kernel.shape[1]
+    directions, units, _ = recurrent_kernel.shape
     frames = tf.shape(projected)[0]
+    num_chunks = -(-frames // _CHUNK_FRAMES)
     zeros = tf.zeros_like(projected[0, ..., :units])
 
-    def arrays() -> tf.TensorArray:
-        return tf.TensorArray(tf.float32, frames, element_shape=zeros.shape)
+    def to_chunks(x: tf.Tensor) -> tf.Tensor:
+        x = tf.pad(x, [[0, -frames % _CHUNK_FRAMES], [0, 0], [0, 0], [0, 0]])
+        return tf.reshape(x, [num_chunks, _CHUNK_FRAMES, directions, -1, x.shape[-1]])
+
+    def to_frames(x: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(x, [num_chunks * _CHUNK_FRAMES, directions, -1, x.shape[-1]])
+
+    def chunks_of(size: int) -> tf.TensorArray:
+        return tf.TensorArray(tf.float32, num_chunks, element_shape=[_CHUNK_FRAMES, directions, None, size])
+
+    inputs = to_chunks(projected)
+
+    def forward(c, hidden, cell, all_hidden, all_cells, all_gates):
+        hiddens, cells, gates = _compiled_run(inputs[c], recurrent_kernel, hidden, cell)
+        written = all_hidden.write(c, hiddens), all_cells.write(c, cells), all_gates.write(c, gates)
+        return c + 1, tf.ensure_shape(hiddens[-1], zeros.shape), tf.ensure_shape(cells[-1], zeros.shape), *written
+
+    state = (0, zeros, zeros, chunks_of(units), chunks_of(units), chunks_of(4 * units))
+    done = tf.while_loop(lambda c, *_: c < num_chunks, forward, state, maximum_iterations=num_chunks)
+    hidden, cells, gates = (chunks.stack() for chunks in done[3:])
+
+    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        upstream = to_chunks(upstream)
+        cells_before = tf.concat([zeros[tf.newaxis], cells[:-1, -1]], axis=0)
+
+        def backward(c, from_next, cell_gradient, all_gates):
+            by_gate, from_next, cell_gradient = _compiled_gradient(
+                upstream[c], cells_before[c], cells[c], gates[c], recurrent_kernel, from_next, cell_gradient
+            )
+            carried = tf.ensure_shape(from_next, zeros.shape), tf.ensure_shape(cell_gradient, zeros.shape)
+            return c - 1, *carried, all_gates.write(c, by_gate)
+
+        state = (num_chunks - 1, zeros, zeros, chunks_of(4 * units))
+        done = tf.while_loop(lambda c, *_: c >= 0, backward, state, maximum_iterations=num_chunks)
+        by_gate = to_frames(done[3].stack())
+        hidden_before = tf.concat([zeros[tf.newaxis], to_frames(hidden)[:-1]], axis=0)
+        kernel_gradient = [
+            tf.matmul(
+                tf.reshape(hidden_before[:, d], [-1, units]), tf.reshape(by_gate[:, d], [-1, 4 * units]), transpose_a=True
+            )
+            for d in range(directions)
+        ]
+        return by_gate[:frames], tf.stack(kernel_gradient)
+
+    return to_frames(hidden)[:frames], gradient
+
+
+def _run(
+    projected: tf.Tensor, recurrent_kernel: tf.Tensor, hidden: tf.Tensor, cell: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Hidden states, cells and opened gates of all frames from the hidden state and the cell before the first."""
+    units = recurrent_kernel.shape[1]
+    frames = tf.shape(projected)[0]
 
     def step(t, hidden, cell, all_hidden, all_cells, all_gates):
         gates = projected[t] + tf.matmul(hidden, recurrent_kernel)  # (D, B, 4 * units)
@@ -53,18 +103,25 @@ def _run(projected: tf.Tensor, recurrent_kernel: tf.Tensor) -> tuple[tf.Tensor, 
         gates = tf.concat([opened, candidate], axis=-1)
         return (t + 1, hidden, cell, all_hidden.write(t, hidden), all_cells.write(t, cell), all_gates.write(t, gates))
 
-    state = (0, zeros, zeros, arrays(), arrays(), tf.TensorArray(tf.float32, frames, element_shape=projected.shape[1:]))
+    arrays = [tf.TensorArray(tf.float32, frames, element_shape=x.shape) for x in (hidden, cell, projected[0])]
+    state = (0, hidden, cell, *arrays)
     done = tf.while_loop(lambda t, *_: t < frames, step, state, maximum_iterations=frames)
     return done[3].stack(), done[4].stack(), done[5].stack()
 
 
 def _gradient(
-    upstream: tf.Tensor, hidden: tf.Tensor, cells: tf.Tensor, gates: tf.Tensor, recurrent_kernel: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
+    upstream: tf.Tensor,
+    cell_before: tf.Tensor,
+    cells: tf.Tensor,
+    gates: tf.Tensor,
+    recurrent_kernel: tf.Tensor,
+    from_next: tf.Tensor,
+    cell_gradient: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Gradient by the gates of all frames, and by the hidden state and the cell before the first."""
     units = recurrent_kernel.shape[1]
     frames = tf.shape(upstream)[0]
-    zeros = tf.zeros_like(upstream[0])
-    earlier_cells = tf.concat([zeros[tf.newaxis], cells[:-1]], axis=0)
+    earlier_cells = tf.concat([cell_before[tf.newaxis], cells[:-1]], axis=0)
 
     def step(t, from_next, cell_gradient, all_gates):
         # Index first, cut then: where one slice mixes a running index and bounds, XLA (TensorFlow 2.21) reads
@@ -87,10 +144,10 @@ def _gradient(
         from_next = tf.matmul(by_gate, recurrent_kernel, transpose_b=True)
         return t - 1, from_next, cell_gradient * f, all_gates.write(t, by_gate)
 
-    state = (frames - 1, zeros, zeros, tf.TensorArray(tf.float32, frames, element_shape=gates.shape[1:]))
-    by_gate = tf.while_loop(lambda t, *_: t >= 0, step, state, maximum_iterations=frames)[3].stack()
-    earlier_hidden = tf.concat([zeros[tf.newaxis], hidden[:-1]], axis=0)
-    return by_gate, tf.einsum("tdbu,tdbg->dug", earlier_hidden, by_gate)
+    all_gates = tf.TensorArray(tf.float32, frames, element_shape=gates.shape[1:])
+    state = (frames - 1, from_next, cell_gradient, all_gates)
+    done = tf.while_loop(lambda t, *_: t >= 0, step, state, maximum_iterations=frames)
+    return done[3].stack(), done[1], done[2]
 
 
 _compiled_run = tf.function(_run, jit_compile=True, autograph=False, reduce_retracing=True)
