@@ -27,10 +27,10 @@ from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.cutting import cut_line
 from htr_pipeline.core.image import perceptual_hash, read_image
 from htr_pipeline.core.text import normalise_text
-from htr_pipeline.io.importers.alto import ALTO, read_alto
+from htr_pipeline.io.importers.alto import ALTO
 from htr_pipeline.io.importers.iam import is_iam, read_iam
 from htr_pipeline.io.importers.lines import has_lines, read_lines
-from htr_pipeline.io.importers.page import PAGE, read_page
+from htr_pipeline.io.importers.page import PAGE
 from htr_pipeline.io.importers.table import TABLE_SUFFIXES, find_tables, read_table, unpacked_folder
 from htr_pipeline.io.importers.xml import MAX_DISTORTION, find_roots, has_area
 
@@ -115,8 +115,8 @@ Reader = Callable[[Path, SourceConfig], list[dict[str, Any]]]
 READERS: dict[str, Reader] = {
     "lines": read_lines,
     "table": read_table,
-    "page": read_page,
-    "alto": read_alto,
+    "page": PAGE.read,
+    "alto": ALTO.read,
     "iam": read_iam,
     "demo": read_table,
 }
