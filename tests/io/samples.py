@@ -1,9 +1,8 @@
-"""What the tests of PAGE and ALTO share: samples put into a folder, and the folder imported."""
+"""What tests of importers share: samples put into a folder, and the folder imported."""
 
 from pathlib import Path
 
 from htr_pipeline.io.importers import import_lines
-from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, to_table
 
 RESOURCES = Path(__file__).parents[1] / "resources"
 
@@ -20,12 +19,9 @@ def add(resources, source, sample, name=None, change=None):
     return path
 
 
-def read(source, format="auto"):
-    """Records and rejected lines, which fit their tables."""
-    records, rejected = import_lines(source, format)
-    to_table([record | {"split": "train"} for record in records], MANIFEST)
-    to_table(rejected, REJECTED_LINES)
-    return records, rejected
+def import_rows(*arguments, **options):
+    """Records and rejected lines as import_lines finds them, row by row."""
+    return [table.to_pylist() for table in import_lines(*arguments, **options)]
 
 
 def damaged(data, rng):

@@ -9,7 +9,7 @@ import pytest
 from htr_pipeline.core.cutting import cut_line
 from htr_pipeline.core.image import read_image
 from tests.io import samples
-from tests.io.samples import read
+from tests.io.samples import import_rows as read
 
 RESOURCES = samples.RESOURCES / "alto"
 add = functools.partial(samples.add, RESOURCES)

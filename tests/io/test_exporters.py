@@ -12,8 +12,8 @@ from PIL import Image
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.exporters import export_lines
 from htr_pipeline.io.exporters.pages import NewText, edit_alto, edit_page
-from htr_pipeline.io.importers import import_lines
 from htr_pipeline.io.manifest import MANIFEST, PREDICTIONS, to_table
+from tests.io.samples import import_rows
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "raw_pages"
 
@@ -181,7 +181,7 @@ def pages(tmp_path):
     page = PAGE_XML.replace("<pc:TextStyle fontFamily='Arial' />", second)
     (source / "page" / "p.xml").write_text(page, newline="")
     Image.new("L", (200, 100), 255).save(source / "p.png")
-    records, rejected = import_lines(source)
+    records, rejected = import_rows(source)
     assert rejected == []
     return [record | {"split": "test"} for record in records], source
 
@@ -216,7 +216,7 @@ def test_page_export_reads_back_as_the_readings(pages, tmp_path):
     assert files == [tmp_path / "out" / "page" / "p.xml"]
     assert (source / "page" / "p.xml").read_bytes() == before
     Image.new("L", (200, 100), 255).save(tmp_path / "out" / "p.png")
-    again, _ = import_lines(tmp_path / "out")
+    again, _ = import_rows(tmp_path / "out")
     assert [(row["line_id"], row["text"]) for row in again] == [(row["line_id"], row["text"].upper()) for row in rows]
 
 
@@ -343,7 +343,7 @@ def test_file_that_is_gone_is_an_error_that_names_the_page(pages, tmp_path):
 def test_real_pages_change_in_the_texts_only(tmp_path, name, format):
     if not SHARED.exists():
         pytest.skip(f"{SHARED} is not here")
-    records, _ = import_lines(SHARED / name, format)
+    records, _ = import_rows(SHARED / name, format)
     rows = [record | {"split": "test"} for record in records]
     changed = {"page": r' conf="0.5000"|<Unicode>[^<]*', "alto": r' WC="0.5000"|CONTENT="[^"]*"'}[format]
     for file in export_lines(format, *tables(rows, {name: SHARED / name}), tmp_path):

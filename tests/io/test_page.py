@@ -17,15 +17,15 @@ from PIL import Image
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.cutting import cut_line
 from htr_pipeline.core.image import read_image
-from htr_pipeline.io.importers import SourceConfig, import_lines
+from htr_pipeline.io.importers import SourceConfig
 from htr_pipeline.io.importers import xml as pages
-from htr_pipeline.io.manifest import REJECTED_LINES, to_table
 from tests.io import samples
+from tests.io.samples import import_rows
 
 RESOURCES = samples.RESOURCES / "page"
 RAW_PAGES = Path(__file__).parents[3] / "shared" / "data" / "raw_pages"
 add = functools.partial(samples.add, RESOURCES)
-read = functools.partial(samples.read, format="page")
+read = functools.partial(samples.import_rows, format="page")
 
 
 def texts(source):
@@ -142,13 +142,13 @@ def test_folders_named_like_splits_are_splits(source):
 
 def test_writer_pattern_looks_at_the_image(source):
     add(source, "escriptorium_2019.xml")
-    records, _ = import_lines(source, "page", SourceConfig(writer_pattern=r"^(\w+)\."))
+    records, _ = import_rows(source, "page", SourceConfig(writer_pattern=r"^(\w+)\."))
     assert {record["writer_id"] for record in records} == {"page"}
 
 
 def test_single_file_is_a_source(source):
     path = add(source, "escriptorium_2019.xml")
-    assert len(import_lines(path)[0]) == 2
+    assert len(import_rows(path)[0]) == 2
 
 
 # --- where the image is ----------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def test_auto_asks_where_the_same_pages_lie_in_two_formats(source):
     with pytest.raises(
         UserError, match=r"1 PAGE files and 1 ALTO files\. Say which one counts: source\.format=page or sou"
     ):
-        import_lines(source)
+        import_rows(source)
     assert len(read(source)[0]) == 2
     assert len(read(source, format="alto")[0]) == 1
 
@@ -418,14 +418,13 @@ def test_damaged_files_are_read_or_rejected_and_every_line_can_be_cut(source, sa
     rng = np.random.default_rng(0)
     for number in range(80):
         (source / f"{number}.xml").write_bytes(samples.damaged(data, rng))
-    records, rejected = import_lines(source, "page")
+    records, rejected = import_rows(source, "page")
     assert records
     assert rejected
     page = read_image(source / "page.png")
     for record in records:
         line = cut_line(page, record["polygon"], record["baseline"])
         assert line.shape == (record["height_pixels"], record["width_pixels"])
-    to_table(rejected, REJECTED_LINES)
 
 
 @pytest.mark.skipif(not RAW_PAGES.is_dir(), reason=f"{RAW_PAGES} is not there")
@@ -436,7 +435,7 @@ def test_real_pages_have_the_lines_that_are_expected():
         for format in sorted(
             {"page" if "PAGE" in row["namespace"] else "alto" for row in expected if row["xml"].startswith(folder)}
         ):
-            records, rejected = import_lines(RAW_PAGES / folder, format)
+            records, rejected = import_rows(RAW_PAGES / folder, format)
             assert {row["reason"] for row in rejected} <= {"empty_text"}
             empty = Counter(row["file"] for row in rejected)
             for row in expected:

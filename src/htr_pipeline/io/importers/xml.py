@@ -75,7 +75,7 @@ class PageFormat:
     namespace: str
     parse: Callable[[Element], Page]
 
-    def read(self, path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
+    def read(self, path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
         """One row for each TextLine of each page, files in order of path, lines in reading order.
 
         XML files whose root element is of another format (METS, metadata, the other of PAGE and ALTO) are left alone
@@ -90,7 +90,7 @@ class PageFormat:
         files = xml_files(path)
         first_folders = {_place(name)[0] for name in files if _place(name)}
         folders_are_splits = len(first_folders) > 1 and all(map(parse_split, first_folders))
-        rows, others = [], []
+        others = []
         for name in files:
             page_id = page_id_of(name)
             row: dict[str, Any] = {"line_id": page_id, "page_id": page_id, "file": name}
@@ -102,15 +102,14 @@ class PageFormat:
             try:
                 page = _read_page(root, name, self)
             except UserError as exc:
-                rows.append(row | {"reason": "unreadable_xml", "detail": f"{name}: {exc}"})
+                yield row | {"reason": "unreadable_xml", "detail": f"{name}: {exc}"}
                 continue
             if page is None:
                 others.append(name)
             else:
-                rows += _page_rows(row, page, images)
+                yield from _page_rows(row, page, images)
         if others:
             logger.info("%d XML files are not %s and were left alone: %s", len(others), self.name, _few(others))
-        return rows
 
 
 class _LimitedBuilder(TreeBuilder):
