@@ -56,4 +56,4 @@ lock: $(INSTALLED) ## resolve the newest releases into the lock files
 	$(BIN)/uv pip compile benchmarks/requirements.in -c requirements.lock $(LOCK_OPTIONS) -o benchmarks/requirements.lock
 
 clean: ## remove results, runs and models (not the sources)
-	rm -rf data/0* data/.mlflow_run.json mlflow.db mlartifacts
+	rm -rf data/0* data/.lock data/.mlflow_run.json mlflow.db mlartifacts

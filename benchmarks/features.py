@@ -66,9 +66,9 @@ def synthetic_manifest(folder, num_lines):
 def folder_manifest(folder):
     from htr_pipeline.io.importers import import_lines
 
-    records, _ = import_lines(folder, "lines")
-    metadata = {"image_roots": json.dumps({row["source"]: str(folder) for row in records})}
-    return to_table([row | {"split": "train"} for row in records], MANIFEST, metadata)
+    rows = import_lines(folder, "lines")[0].to_pylist()
+    metadata = {"image_roots": json.dumps({row["source"]: str(folder) for row in rows})}
+    return to_table([row | {"split": "train"} for row in rows], MANIFEST, metadata)
 
 
 def measure(command):

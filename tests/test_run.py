@@ -1,7 +1,9 @@
 """The project as a user runs it: real processes on a toy data set, in a folder of their own."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -115,8 +117,8 @@ def mtimes(paths):
 def test_whole_run_makes_every_output_of_the_catalog_and_leaves_no_partial_file(toy):
     missing = [name for name, path in catalog(toy.project).items() if not path.exists()]
     assert missing == []
-    hidden = [str(path) for path in (toy.project / "data").rglob(".*")]
-    assert hidden == []
+    hidden = [path.name for path in (toy.project / "data").rglob(".*")]
+    assert hidden == [".lock"]
     assert not (toy.project / "data/06_models/checkpoint.npz").exists()
 
 
@@ -288,6 +290,23 @@ def test_a_folder_of_lines_goes_through_everything_and_the_champion_reads_its_te
 # --- interruption ----------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def started_run(project, *arguments, until):
+    """A run in a process group of its own that has come so far; killed in the end."""
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(
+        [*KEDRO, *arguments], cwd=project, env=environment(), start_new_session=True, **silent
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not until(process) and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def checkpoint_step(path):
     """Steps that the checkpoint has behind it, 0 without one."""
     if not path.exists():
@@ -303,20 +322,10 @@ def test_training_goes_on_after_sigkill_in_the_same_mlflow_run_with_the_same_res
     expected, history = weights(paths["model"]), pd.read_parquet(paths["history"])
     num_runs, old = len(mlflow_runs(project)), mtimes(paths)
 
-    process = subprocess.Popen(
-        [*KEDRO, *command],
-        cwd=project,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
     # Six steps of 24: in the middle of the second epoch.
-    while checkpoint_step(checkpoint) < 6 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    with started_run(project, *command, until=lambda process: checkpoint_step(checkpoint) >= 6) as process:
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
     assert 6 <= checkpoint_step(checkpoint) < 24
     killed_run = read_json(project / "data/.mlflow_run.json")["run_id"]
     assert mtimes(paths)["model"] == old["model"]
@@ -335,6 +344,29 @@ def test_training_goes_on_after_sigkill_in_the_same_mlflow_run_with_the_same_res
     assert {epoch: epochs.count(epoch) for epoch in epochs} == dict.fromkeys(range(1, 7), 5)
     timeless = ["epoch", "step", "train_loss", "train_cer", "validation_loss", "validation_cer", "learning_rate"]
     pd.testing.assert_frame_equal(pd.read_parquet(paths["history"])[timeless], history[timeless])
+
+
+def test_second_run_is_refused_while_one_is_at_work_and_sigkill_lets_the_next_one_in(project, tmp_path):
+    def has_lock(process):
+        return (project / "data/.lock").read_text().startswith(f"{process.pid},")
+
+    report = catalog(project)["report"]
+    old = report.stat().st_mtime_ns
+    with started_run(project, "--pipeline", "training", "--params", "training.epochs=1000", until=has_lock) as first:
+        second = kedro_run(project, "--pipeline", "reporting")
+        assert second.returncode == 1
+        assert re.search(rf"Error: Another run .* \(process {first.pid}, since 20.*\), .*Wait until", second.stderr)
+        assert first.poll() is None
+        assert kedro_export(project, "--format", "text", "--output", str(tmp_path / "out")).returncode == 0
+        assert report.stat().st_mtime_ns == old
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    succeed(project, "--pipeline", "reporting")
+
+
+@pytest.mark.parametrize("runner", ["ThreadRunner", "ParallelRunner"])
+def test_run_goes_through_on_threads_and_on_processes(project, runner):
+    succeed(project, "--pipeline", "data_validation", "--runner", runner)
 
 
 # --- exports ---------------------------------------------------------------------------------------------------------

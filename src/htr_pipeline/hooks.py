@@ -1,5 +1,6 @@
-"""What happens around a run: one MLflow run for one `kedro run`, checked parameter names, a summary at the end."""
+"""What happens around a run: one at a time, one MLflow run for each, checked parameter names, a summary at the end."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -7,11 +8,13 @@ import os
 import platform
 import subprocess
 import sys
+from datetime import datetime
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.framework.project import pipelines
@@ -24,6 +27,7 @@ from htr_pipeline.io.atomic import replacing
 
 logger = logging.getLogger(__name__)
 
+_LOCK_FILE = Path("data/.lock")
 # A run that was killed left this file: the same command again goes on in the same MLflow run.
 _RUN_FILE = Path("data/.mlflow_run.json")
 _PACKAGES = ("htr-pipeline", "kedro", "keras", "mlflow", "great-expectations", "pyarrow", "numpy")
@@ -45,6 +49,46 @@ class SettingsHook:
                     f"{key} = {value!r}: there is no such block of parameters.{hint} "
                     f"Allowed: {', '.join(sorted(known))}."
                 )
+
+
+class LockHook:
+    """Lets one run at a time write into the project; the system frees the lock however the run's process ends."""
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Remembers where the project is."""
+        self._path = Path(context.project_path) / _LOCK_FILE
+
+    @hook_impl(tryfirst=True)
+    def before_pipeline_run(self) -> None:
+        """Takes the lock, before any other hook writes."""
+        self._lock = FileLock(self._path)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"Another run is writing into {self._path.parent} (process {self._holder()}), and two at once would "
+                "overwrite each other's tables. Wait until it has ended, or end it; for runs side by side give each a "
+                "checkout of its own."
+            ) from None
+        with contextlib.suppress(OSError):  # Windows: a locked file cannot be written or read by its name
+            self._path.write_text(f"{os.getpid()}, since {datetime.now().astimezone().isoformat(' ', 'seconds')}")
+
+    def _holder(self) -> str:
+        try:
+            return self._path.read_text() or "unknown"
+        except OSError:
+            return "unknown"
+
+    @hook_impl(trylast=True)
+    def after_pipeline_run(self) -> None:
+        """Frees the lock."""
+        self._lock.release()
+
+    @hook_impl(trylast=True)
+    def on_pipeline_error(self) -> None:
+        """Frees the lock."""
+        self._lock.release()
 
 
 class MlflowHook:

@@ -3,7 +3,7 @@
 import os
 import warnings
 
-from htr_pipeline.hooks import MlflowHook, SettingsHook
+from htr_pipeline.hooks import LockHook, MlflowHook, SettingsHook
 
 # Nothing that is used here reports to anyone, and TensorFlow's notes on the processor are not for users.
 for _name, _value in {
@@ -18,7 +18,7 @@ for _name, _value in {
 # Kedro 1.7 with OmegaConf 2.4: nothing that a user could change.
 warnings.filterwarnings("ignore", message="register_new_resolver")
 
-HOOKS = (SettingsHook(), MlflowHook())
+HOOKS = (SettingsHook(), LockHook(), MlflowHook())
 
 # One environment overrides single keys of a block, not the whole block.
 CONFIG_LOADER_ARGS = {

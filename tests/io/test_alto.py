@@ -1,42 +1,18 @@
+import functools
 import re
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from htr_pipeline.core.cutting import cut_line
 from htr_pipeline.core.image import read_image
-from htr_pipeline.io.importers import import_lines
-from htr_pipeline.io.manifest import MANIFEST, to_table
-from tests.io.test_page import damaged
+from tests.io import samples
+from tests.io.samples import import_rows as read
 
-RESOURCES = Path(__file__).parents[1] / "resources" / "alto"
-
-
-@pytest.fixture
-def source(tmp_path):
-    """A folder with a page image; `add` puts a sample beside it."""
-    folder = tmp_path / "source"
-    folder.mkdir()
-    shutil.copy(RESOURCES / "page.png", folder)
-    return folder
-
-
-def add(source, sample, change=None):
-    """Copies a sample into the source, with words replaced."""
-    text = (RESOURCES / sample).read_text(encoding="utf-8")
-    for old, new in (change or {}).items():
-        assert old in text
-        text = text.replace(old, new)
-    (source / Path(sample).name).write_text(text, encoding="utf-8")
-
-
-def read(source):
-    records, rejected = import_lines(source)
-    to_table([record | {"split": "train"} for record in records], MANIFEST)
-    return records, rejected
+RESOURCES = samples.RESOURCES / "alto"
+add = functools.partial(samples.add, RESOURCES)
 
 
 def test_escriptorium_file_gives_records_with_geometry(source):
@@ -56,7 +32,7 @@ def test_points_with_and_without_commas_are_the_same(source):
     add(
         source,
         "escriptorium_v4.xml",
-        {"35 50 250 50 250 95 35 95": "35,50 250,50 250,95 35,95", "40 80 240 80": "40,80 240,80"},
+        change={"35 50 250 50 250 95 35 95": "35,50 250,50 250,95 35,95", "40 80 240 80": "40,80 240,80"},
     )
     assert read(source)[0] == before
 
@@ -87,7 +63,7 @@ def test_parted_word_keeps_its_hyphen_and_words_their_blanks(source):
 
 
 def test_hyphen_that_the_string_has_already_is_not_doubled(source):
-    add(source, "words_v2.xml", {'CONTENT="exam"': 'CONTENT="exam-"'})
+    add(source, "words_v2.xml", change={'CONTENT="exam"': 'CONTENT="exam-"'})
     assert read(source)[0][0]["text"] == "exam-"
 
 
@@ -102,7 +78,7 @@ def test_hyphen_that_the_string_has_already_is_not_doubled(source):
     ],
 )
 def test_every_version_of_the_namespace_is_read(source, namespace):
-    add(source, "escriptorium_v4.xml", {"http://www.loc.gov/standards/alto/ns-v4#": namespace})
+    add(source, "escriptorium_v4.xml", change={"http://www.loc.gov/standards/alto/ns-v4#": namespace})
     assert len(read(source)[0]) == 2
 
 
@@ -110,7 +86,7 @@ def test_file_without_an_image_name_takes_the_image_that_is_called_like_it(sourc
     add(
         source,
         "escriptorium_v4.xml",
-        {"<sourceImageInformation><fileName>page.png</fileName></sourceImageInformation>": ""},
+        change={"<sourceImageInformation><fileName>page.png</fileName></sourceImageInformation>": ""},
     )
     (source / "page.png").rename(source / "ESCRIPTORIUM_v4.PNG")
     assert {record["image_path"] for record in read(source)[0]} == {"ESCRIPTORIUM_v4.PNG"}
@@ -153,7 +129,7 @@ def test_damaged_files_are_read_or_rejected_and_every_line_can_be_cut(source):
     for sample in ("escriptorium_v4", "words_v2", "boxes_v3"):
         data = (RESOURCES / f"{sample}.xml").read_bytes()
         for number in range(50):
-            (source / f"{sample}{number}.xml").write_bytes(damaged(data, rng))
+            (source / f"{sample}{number}.xml").write_bytes(samples.damaged(data, rng))
     records, rejected = read(source)
     assert Counter(row["reason"] for row in rejected).keys() >= {"unreadable_xml", "bad_geometry"}
     page = read_image(source / "page.png")

@@ -11,9 +11,9 @@ from PIL import Image
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.exporters import export_lines
-from htr_pipeline.io.exporters.pages import Reading, edit_alto, edit_page
-from htr_pipeline.io.importers import import_lines
+from htr_pipeline.io.exporters.pages import NewText, edit_alto, edit_page
 from htr_pipeline.io.manifest import MANIFEST, PREDICTIONS, to_table
+from tests.io.samples import import_rows
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "raw_pages"
 
@@ -49,7 +49,7 @@ def alto_line(data, line_id):
 
 
 def test_page_keeps_words_that_are_as_many_and_loses_what_contradicts_the_reading():
-    line = page_line(edit_page(PAGE_XML.encode(), {"l1": Reading("new <words>", 0.9)}), "l1")
+    line = page_line(edit_page(PAGE_XML.encode(), {"l1": NewText("new <words>", 0.9)}), "l1")
     assert [child.tag for child in line] == ["Coords", "Word", "Word", "TextEquiv", "TextStyle"]
     assert [word.findtext("TextEquiv/Unicode") for word in line.findall("Word")] == ["new", "<words>"]
     assert line.find(".//Glyph") is None
@@ -59,23 +59,23 @@ def test_page_keeps_words_that_are_as_many_and_loses_what_contradicts_the_readin
 
 
 def test_page_loses_words_that_are_not_as_many():
-    line = page_line(edit_page(PAGE_XML.encode(), {"l1": Reading("three new words", 0.9)}), "l1")
+    line = page_line(edit_page(PAGE_XML.encode(), {"l1": NewText("three new words", 0.9)}), "l1")
     assert [child.tag for child in line] == ["Coords", "TextEquiv", "TextStyle"]
 
 
 def test_page_line_without_text_gets_it_where_the_schema_wants_it():
-    line = page_line(edit_page(PAGE_XML.encode(), {"l2": Reading("new", 0.25)}), "l2")
+    line = page_line(edit_page(PAGE_XML.encode(), {"l2": NewText("new", 0.25)}), "l2")
     assert [child.tag for child in line] == ["Coords", "Baseline", "TextEquiv", "TextStyle"]
     assert line.find("TextEquiv").get("conf") == "0.2500"
 
 
 def test_text_of_a_page_region_is_made_of_its_lines():
-    root = local(ElementTree.fromstring(edit_page(PAGE_XML.encode(), {"l1": Reading("one", 0.9)})))
+    root = local(ElementTree.fromstring(edit_page(PAGE_XML.encode(), {"l1": NewText("one", 0.9)})))
     assert root.findtext(".//TextRegion/TextEquiv/Unicode") == "one\n\nuntouched"
 
 
 def test_all_bytes_of_a_page_outside_the_readings_stay():
-    new = edit_page(PAGE_XML.encode(), {"l2": Reading("new", 0.25)})
+    new = edit_page(PAGE_XML.encode(), {"l2": NewText("new", 0.25)})
     inserted = r'<pc:TextEquiv conf="0.2500"><pc:Unicode>new</pc:Unicode></pc:TextEquiv>'
     assert inserted in new.decode()
     region = r"(?<=<pc:TextEquiv><pc:Unicode>)(the whole region|[^<]*\nnew\nuntouched)"
@@ -83,7 +83,7 @@ def test_all_bytes_of_a_page_outside_the_readings_stay():
 
 
 def test_alto_keeps_strings_that_are_as_many():
-    line = alto_line(edit_alto(ALTO_XML.encode(), {"l1": Reading('new "words"', 0.9)}), "l1")
+    line = alto_line(edit_alto(ALTO_XML.encode(), {"l1": NewText('new "words"', 0.9)}), "l1")
     assert [child.tag for child in line] == ["String", "SP", "String"]
     assert [string.get("CONTENT") for string in line.findall("String")] == ["new", '"words"']
     assert line[0].attrib.keys() == {"CONTENT", "HPOS", "VPOS", "WIDTH", "HEIGHT", "WC"}
@@ -92,7 +92,7 @@ def test_alto_keeps_strings_that_are_as_many():
 
 
 def test_alto_puts_one_string_in_the_place_of_strings_that_are_not_as_many():
-    line = alto_line(edit_alto(ALTO_XML.encode(), {"l1": Reading("three new words", 0.9)}), "l1")
+    line = alto_line(edit_alto(ALTO_XML.encode(), {"l1": NewText("three new words", 0.9)}), "l1")
     assert [(child.tag, child.get("CONTENT"), child.get("WC")) for child in line] == [
         ("String", "three new words", "0.9000")
     ]
@@ -100,14 +100,14 @@ def test_alto_puts_one_string_in_the_place_of_strings_that_are_not_as_many():
 
 
 def test_alto_string_of_a_whole_line_stays_one():
-    line = alto_line(edit_alto(ALTO_XML.encode(), {"l3": Reading("three new words", 0.9)}), "l3")
+    line = alto_line(edit_alto(ALTO_XML.encode(), {"l3": NewText("three new words", 0.9)}), "l3")
     assert [child.attrib for child in line] == [{"CONTENT": "three new words", "WC": "0.9000"}]
 
 
 def test_all_bytes_of_an_alto_file_outside_the_readings_stay():
-    new = edit_alto(ALTO_XML.encode(), {"l3": Reading("new", 0.25)})
+    new = edit_alto(ALTO_XML.encode(), {"l3": NewText("new", 0.25)})
     assert new.decode() == ALTO_XML.replace('CONTENT="un touched"/>', 'CONTENT="new" WC="0.2500"/>')
-    new = edit_alto(ALTO_XML.encode(), {"l2": Reading("new", 0.25)})
+    new = edit_alto(ALTO_XML.encode(), {"l2": NewText("new", 0.25)})
     tag = 'VPOS="40" WIDTH="180" HEIGHT="20"'
     string = f'<String CONTENT="new" WC="0.2500" HPOS="10" {tag}/>'
     assert new.decode() == ALTO_XML.replace(f"{tag}/>", f"{tag}>{string}</TextLine>")
@@ -116,14 +116,14 @@ def test_all_bytes_of_an_alto_file_outside_the_readings_stay():
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "iso-8859-1", "utf-16"])
 def test_file_keeps_its_encoding(encoding):
     text = ALTO_XML.replace("UTF-8", encoding.removesuffix("-sig")).replace("un touched", "un touché")
-    new = edit_alto(text.encode(encoding), {"l3": Reading("tōrné", 0.5)})
+    new = edit_alto(text.encode(encoding), {"l3": NewText("tōrné", 0.5)})
     assert alto_line(new, "l3")[0].get("CONTENT") == "tōrné"
     kept = text.replace('CONTENT="un touché"/>', 'CONTENT="tōrné" WC="0.5000"/>')
     assert new == kept.encode(encoding, "xmlcharrefreplace")
 
 
 def test_characters_that_xml_cannot_hold_are_replaced():
-    line = alto_line(edit_alto(ALTO_XML.encode(), {"l3": Reading("a\x07b\x00]]>", 0.5)}), "l3")
+    line = alto_line(edit_alto(ALTO_XML.encode(), {"l3": NewText("a\x07b\x00]]>", 0.5)}), "l3")
     assert line[0].get("CONTENT") == "a\ufffdb\ufffd]]>"
 
 
@@ -140,7 +140,7 @@ def test_characters_that_xml_cannot_hold_are_replaced():
 )
 def test_file_that_has_changed_or_is_hostile_is_an_error(data, message):
     with pytest.raises(UserError, match=message):
-        edit_page(data, {"l1": Reading("new", 0.5)})
+        edit_page(data, {"l1": NewText("new", 0.5)})
 
 
 # --- whole exports ----------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def pages(tmp_path):
     page = PAGE_XML.replace("<pc:TextStyle fontFamily='Arial' />", second)
     (source / "page" / "p.xml").write_text(page, newline="")
     Image.new("L", (200, 100), 255).save(source / "p.png")
-    records, rejected = import_lines(source)
+    records, rejected = import_rows(source)
     assert rejected == []
     return [record | {"split": "test"} for record in records], source
 
@@ -216,7 +216,7 @@ def test_page_export_reads_back_as_the_readings(pages, tmp_path):
     assert files == [tmp_path / "out" / "page" / "p.xml"]
     assert (source / "page" / "p.xml").read_bytes() == before
     Image.new("L", (200, 100), 255).save(tmp_path / "out" / "p.png")
-    again, _ = import_lines(tmp_path / "out")
+    again, _ = import_rows(tmp_path / "out")
     assert [(row["line_id"], row["text"]) for row in again] == [(row["line_id"], row["text"].upper()) for row in rows]
 
 
@@ -343,7 +343,7 @@ def test_file_that_is_gone_is_an_error_that_names_the_page(pages, tmp_path):
 def test_real_pages_change_in_the_texts_only(tmp_path, name, format):
     if not SHARED.exists():
         pytest.skip(f"{SHARED} is not here")
-    records, _ = import_lines(SHARED / name, format)
+    records, _ = import_rows(SHARED / name, format)
     rows = [record | {"split": "test"} for record in records]
     changed = {"page": r' conf="0.5000"|<Unicode>[^<]*', "alto": r' WC="0.5000"|CONTENT="[^"]*"'}[format]
     for file in export_lines(format, *tables(rows, {name: SHARED / name}), tmp_path):
@@ -358,7 +358,7 @@ def test_time_is_linear_in_the_white_space_of_a_tag():
     page += "</TextEquiv></TextLine></TextRegion></Page></PcGts>"
     alto = f'<alto><TextLine ID="a"><String{blank}CONTENT="x"{blank}VPOS="1"/></TextLine></alto>'
     start = time.process_time()
-    readings = {"a": Reading("new", 0.5)}
+    readings = {"a": NewText("new", 0.5)}
     assert f'<Unicode{blank}a="">new</Unicode>'.encode() in edit_page(page.encode(), readings)
     assert f'{blank}CONTENT="new"{blank}VPOS="1" WC="0.5000"/>'.encode() in edit_alto(alto.encode(), readings)
     assert time.process_time() - start < 10

@@ -21,7 +21,8 @@ from PIL import Image
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.importers import SourceConfig, import_lines, source_root
 from htr_pipeline.io.importers.table import read_table
-from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, to_table
+from htr_pipeline.io.manifest import MANIFEST
+from tests.io.samples import import_rows
 
 RESOURCES = Path(__file__).parents[1] / "resources"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -54,7 +55,7 @@ def by_line(rows):
 
 
 def test_line_folder_gives_records_of_the_manifest(lines):
-    records, rejected = import_lines(lines)
+    records, rejected = import_rows(lines)
     assert rejected == []
     assert [record["line_id"] for record in records] == ["anna/p1_01", "anna/p1_02", "bert/p1_01", "carl/p1_01"]
     first = records[0]
@@ -62,13 +63,12 @@ def test_line_folder_gives_records_of_the_manifest(lines):
     assert (first["text"], first["writer_id"], first["split"], first["format"]) == ("Ein Wort", "anna", None, "lines")
     assert (first["width_pixels"], first["height_pixels"]) == (96, 24)
     assert re.fullmatch("[0-9a-f]{64}", first["content_hash"])
-    to_table([record | {"split": "train"} for record in records], MANIFEST)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".PNG", ".TIF"])
 def test_line_images_may_have_any_of_the_usual_endings(tmp_path, suffix):
     write_line(tmp_path, f"x{suffix}")
-    assert len(import_lines(tmp_path)[0]) == 1
+    assert len(import_rows(tmp_path)[0]) == 1
 
 
 def test_plain_txt_is_the_text_where_no_gt_txt_is(tmp_path):
@@ -76,31 +76,31 @@ def test_plain_txt_is_the_text_where_no_gt_txt_is(tmp_path):
         write_line(tmp_path, name)
         (tmp_path / name).with_suffix(".gt.txt").rename((tmp_path / name).with_suffix(".txt"))
     (tmp_path / "README.txt").write_text("not a line")
-    records, rejected = import_lines(tmp_path)
+    records, rejected = import_rows(tmp_path)
     assert [record["line_id"] for record in records] == ["anna/1", "bert/1", "bert/2"]
     assert [(row["file"], row["reason"]) for row in rejected] == [("README.txt", "missing_image")]
 
 
 def test_txt_beside_gt_txt_is_not_the_ground_truth(lines):
     (lines / "anna" / "p1_01.txt").write_text("what an engine has read")
-    records, rejected = import_lines(lines)
+    records, rejected = import_rows(lines)
     assert (records[0]["text"], rejected) == ("Ein Wort", [])
 
 
 @pytest.mark.parametrize("split", ["by_writer", "train", "validation", "test"])
 def test_split_rule_of_a_source_overrides_its_splits(table, split):
     (table / "lines.tsv").write_text((table / "lines.tsv").read_text().replace("train", "not the name of a split"))
-    records, _ = import_lines(table, config=SourceConfig(split=split))
+    records, _ = import_rows(table, config=SourceConfig(split=split))
     assert {record["split"] for record in records} == {None if split == "by_writer" else split}
 
 
 def test_writer_pattern_finds_the_writer_in_the_path(lines):
-    records, _ = import_lines(lines, config=SourceConfig(writer_pattern=r"/(p\d+)_"))
+    records, _ = import_rows(lines, config=SourceConfig(writer_pattern=r"/(p\d+)_"))
     assert {record["writer_id"] for record in records} == {"p1"}
 
 
 def test_path_without_the_writer_pattern_is_rejected_with_the_pattern(lines):
-    records, rejected = import_lines(lines, config=SourceConfig(writer_pattern=r"(anna|bert)"))
+    records, rejected = import_rows(lines, config=SourceConfig(writer_pattern=r"(anna|bert)"))
     assert len(records) == 3
     assert rejected[0]["reason"] == "no_writer"
     assert "(anna|bert)" in rejected[0]["detail"]
@@ -115,13 +115,13 @@ def test_wrong_writer_pattern_is_named(pattern, message):
 def test_flat_folder_makes_each_line_its_own_writer(tmp_path):
     for name in ("a.png", "b.png"):
         write_line(tmp_path, name, size=(60, 20))
-    assert [record["writer_id"] for record in import_lines(tmp_path)[0]] == ["a", "b"]
+    assert [record["writer_id"] for record in import_rows(tmp_path)[0]] == ["a", "b"]
 
 
 def test_folders_named_like_splits_are_the_splits(tmp_path):
     for name in ("train/anna/1.png", "val/bert/1.png", "test/1.png"):
         write_line(tmp_path, name)
-    found = by_line(import_lines(tmp_path)[0])
+    found = by_line(import_rows(tmp_path)[0])
     assert {line_id: record["split"] for line_id, record in found.items()} == {
         "test/1": "test",
         "train/anna/1": "train",
@@ -132,8 +132,8 @@ def test_folders_named_like_splits_are_the_splits(tmp_path):
 
 def test_text_is_brought_to_the_unicode_form_and_its_blanks_collapsed(tmp_path):
     write_line(tmp_path, "x.png", "\ufeff e\u0301te\u0301 \t la\n")
-    assert import_lines(tmp_path)[0][0]["text"] == "été la"
-    assert import_lines(tmp_path, config=SourceConfig(unicode_form="NFD"))[0][0]["text"] == "e\u0301te\u0301 la"
+    assert import_rows(tmp_path)[0][0]["text"] == "été la"
+    assert import_rows(tmp_path, config=SourceConfig(unicode_form="NFD"))[0][0]["text"] == "e\u0301te\u0301 la"
 
 
 @pytest.mark.parametrize(
@@ -148,18 +148,17 @@ def test_text_is_brought_to_the_unicode_form_and_its_blanks_collapsed(tmp_path):
     ],
 )
 def test_broken_line_is_rejected_with_what_to_do(line_id, reason, detail):
-    records, rejected = import_lines(RESOURCES / "lines" / "invalid")
+    records, rejected = import_rows(RESOURCES / "lines" / "invalid")
     assert records == []
     row = by_line(rejected)[line_id]
     assert (row["stage"], row["reason"]) == ("import", reason)
     assert re.search(detail, row["detail"])
-    to_table(rejected, REJECTED_LINES)
 
 
 def test_two_images_of_one_name_are_not_two_lines(tmp_path):
     write_line(tmp_path, "x.png")
     write_line(tmp_path, "x.jpg")
-    records, rejected = import_lines(tmp_path)
+    records, rejected = import_rows(tmp_path)
     assert [record["image_path"] for record in records] == ["x.jpg"]
     assert (rejected[0]["file"], rejected[0]["reason"]) == ("x.png", "duplicate_id")
     assert "already belongs to x.jpg" in rejected[0]["detail"]
@@ -170,7 +169,7 @@ def test_link_out_of_the_folder_is_not_followed(tmp_path, lines):
     Image.new("L", (60, 20)).save(outside)
     (lines / "link.png").symlink_to(outside)
     (lines / "link.gt.txt").write_text("secret")
-    assert [row["reason"] for row in import_lines(lines)[1]] == ["outside_folder"]
+    assert [row["reason"] for row in import_rows(lines)[1]] == ["outside_folder"]
 
 
 def png_bomb():
@@ -185,7 +184,7 @@ def test_text_that_is_a_link_out_of_the_folder_is_not_read(tmp_path, lines):
     (tmp_path / "secret.txt").write_text("secret")
     (lines / "anna" / "p1_01.gt.txt").unlink()
     (lines / "anna" / "p1_01.gt.txt").symlink_to(tmp_path / "secret.txt")
-    records, rejected = import_lines(lines)
+    records, rejected = import_rows(lines)
     assert [(row["file"], row["reason"]) for row in rejected] == [("anna/p1_01.png", "outside_folder")]
     assert "secret" not in str(records) + rejected[0]["detail"]
 
@@ -193,7 +192,7 @@ def test_text_that_is_a_link_out_of_the_folder_is_not_read(tmp_path, lines):
 def test_decompression_bomb_is_rejected_by_its_header(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png_bomb())
     (tmp_path / "bomb.gt.txt").write_text("boom")
-    _, rejected = import_lines(tmp_path)
+    _, rejected = import_rows(tmp_path)
     assert rejected[0]["reason"] == "unreadable_image"
     assert "pixels" in rejected[0]["detail"]
 
@@ -203,45 +202,44 @@ def test_file_name_that_is_not_utf8_is_rejected_and_shown(tmp_path):
     name = str(tmp_path).encode() + b"/d\xe9j\xe0"
     shutil.copy(tmp_path / "good.png", name + b".png")
     shutil.copy(tmp_path / "good.gt.txt", name + b".gt.txt")
-    records, rejected = import_lines(tmp_path)
+    records, rejected = import_rows(tmp_path)
     assert len(records) == 1
     assert (rejected[0]["reason"], rejected[0]["file"]) == ("bad_name", r"d\xe9j\xe0.png")
-    to_table(rejected, REJECTED_LINES)
 
 
 # --- table -----------------------------------------------------------------------------------------------------------
 
 
 def test_table_without_image_column_finds_images_by_id_and_maps_split_names(table):
-    records, rejected = import_lines(table)
+    records, rejected = import_rows(table)
     assert rejected == []
     assert [record["split"] for record in records] == ["train", "train", "validation", "test"]
     assert records[0]["image_path"] == "lines/l0.png"
     assert (records[0]["writer_id"], records[0]["page_id"]) == ("d1", "d1-p0")
-    assert records == import_lines(table / "lines.tsv")[0]
+    assert records == import_rows(table / "lines.tsv")[0]
 
 
 def test_quotation_marks_of_a_tsv_belong_to_the_text(table):
-    assert import_lines(table)[0][1]["text"] == '"Wort"'
+    assert import_rows(table)[0][1]["text"] == '"Wort"'
 
 
 @pytest.mark.parametrize("kind", ["csv", "semicolons", "parquet"])
 def test_csv_and_parquet_give_the_same_lines_as_tsv(table, kind):
-    expected, _ = import_lines(table)
+    expected, _ = import_rows(table)
     frame = pd.read_csv(table / "lines.tsv", sep="\t", quoting=3, dtype=str)
     (table / "lines.tsv").unlink()
     if kind == "parquet":
         frame.to_parquet(table / "lines.parquet")
     else:
         frame.to_csv(table / "lines.csv", index=False, sep=";" if kind == "semicolons" else ",")
-    assert import_lines(table)[0] == expected
+    assert import_rows(table)[0] == expected
 
 
 def test_columns_can_be_named_and_an_empty_name_means_none(table):
     text = (table / "lines.tsv").read_text().replace("id\tset\tdocument\tpage\ttext", "key\tset\thand\tscribe\twords")
     (table / "lines.tsv").write_text(text)
     config = SourceConfig(id_column="key", text_column="words", writer_column="scribe", split_column="")
-    records, _ = import_lines(table, config=config)
+    records, _ = import_rows(table, config=config)
     assert [(record["writer_id"], record["split"]) for record in records][:1] == [("d1-p0", None)]
 
 
@@ -249,7 +247,7 @@ def test_whole_numbers_that_pandas_made_floats_are_ids(table):
     frame = pd.DataFrame({"image": ["lines/l0.png", "lines/l1.png"], "text": ["a", "b"], "writer": [7.0, None]})
     (table / "lines.tsv").unlink()
     frame.to_parquet(table / "lines.parquet")
-    assert [record["writer_id"] for record in import_lines(table)[0]] == ["7", "lines/l1"]
+    assert [record["writer_id"] for record in import_rows(table)[0]] == ["7", "lines/l1"]
 
 
 @pytest.mark.parametrize(
@@ -266,24 +264,24 @@ def test_whole_numbers_that_pandas_made_floats_are_ids(table):
 )
 def test_broken_table_is_an_error_that_says_what_to_do(name, message):
     with pytest.raises(UserError, match=f"(?s){re.escape(name)}.*{message}"):
-        import_lines(RESOURCES / "table" / "invalid" / name)
+        import_rows(RESOURCES / "table" / "invalid" / name)
 
 
 def test_column_that_does_not_exist_is_named_with_those_that_do(table):
     with pytest.raises(
         UserError, match=r"source\.text_column = 'words': there is no such column.*'id', 'set', 'document'"
     ):
-        import_lines(table, config=SourceConfig(text_column="words"))
+        import_rows(table, config=SourceConfig(text_column="words"))
 
 
 def test_quotation_mark_that_is_not_closed_is_an_error_with_the_line(tmp_path):
     (tmp_path / "lines.csv").write_text('id,text\nl0,"Wort\n' + "x" * 140_000 + "\n")
     with pytest.raises(UserError, match=r"lines\.csv, line \d: .*quotation mark that is not closed"):
-        import_lines(tmp_path)
+        import_rows(tmp_path)
 
 
 def test_bad_rows_are_rejected_with_their_line_in_the_table():
-    records, rejected = import_lines(RESOURCES / "table" / "invalid" / "bad_rows.tsv")
+    records, rejected = import_rows(RESOURCES / "table" / "invalid" / "bad_rows.tsv")
     assert [record["text"] for record in records] == ["good"]
     assert [(row["file"], row["reason"]) for row in rejected] == [
         ("bad_rows.tsv:2", "outside_folder"),
@@ -301,7 +299,7 @@ def test_bad_rows_are_rejected_with_their_line_in_the_table():
 def test_impossible_image_name_is_rejected(tmp_path, name):
     (tmp_path / "folder").mkdir()
     pd.DataFrame({"image": [name], "text": ["x"]}).to_parquet(tmp_path / "lines.parquet")
-    assert [row["reason"] for row in import_lines(tmp_path)[1]] == ["missing_image"]
+    assert [row["reason"] for row in import_rows(tmp_path)[1]] == ["missing_image"]
 
 
 # --- images within a table -------------------------------------------------------------------------------------------
@@ -330,7 +328,7 @@ def test_hugging_face_shards_are_one_source_with_splits_from_their_names(tmp_pat
         image = {"bytes": encoded(number, ("PNG", "JPEG", "TIFF", "PNG")[number]), "path": f"a01-{number}.png"}
         write_shard(tmp_path / "set" / "data" / f"{name}.parquet", [image])
     (tmp_path / "set" / "README.md").touch()
-    records, rejected = import_lines(tmp_path / "set", config=unpacking)
+    records, rejected = import_rows(tmp_path / "set", config=unpacking)
     assert rejected == []
     assert [(row["line_id"], row["split"]) for row in records] == [
         ("a01-3", "test"),
@@ -348,9 +346,9 @@ def test_hugging_face_shards_are_one_source_with_splits_from_their_names(tmp_pat
 
 def test_unpacking_again_writes_nothing_anew(tmp_path, unpacking):
     write_shard(tmp_path / "t.parquet", [encoded(), encoded(1)])
-    first, _ = import_lines(tmp_path / "t.parquet", config=unpacking)
+    first, _ = import_rows(tmp_path / "t.parquet", config=unpacking)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "unpacked").rglob("*.png")}
-    second, _ = import_lines(tmp_path / "t.parquet", config=unpacking)
+    second, _ = import_rows(tmp_path / "t.parquet", config=unpacking)
     assert first == second
     assert len(times) == 2
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "unpacked").rglob("*") if path.is_file()}
@@ -359,13 +357,13 @@ def test_unpacking_again_writes_nothing_anew(tmp_path, unpacking):
 def test_images_without_distinct_names_are_numbered(tmp_path, unpacking):
     images = [{"bytes": encoded(i), "path": "image.png"} for i in range(2)]
     write_shard(tmp_path / "t.parquet", images)
-    assert list(by_line(import_lines(tmp_path / "t.parquet", config=unpacking)[0])) == ["t/000001", "t/000002"]
+    assert list(by_line(import_rows(tmp_path / "t.parquet", config=unpacking)[0])) == ["t/000001", "t/000002"]
 
 
 def test_writer_pattern_is_searched_in_the_name_that_the_table_has(tmp_path, unpacking):
     write_shard(tmp_path / "t.parquet", [{"bytes": encoded(), "path": "ms12_f003.png"}])
     config = replace(unpacking, writer_pattern="^([^_]+)_")
-    assert import_lines(tmp_path / "t.parquet", config=config)[0][0]["writer_id"] == "ms12"
+    assert import_rows(tmp_path / "t.parquet", config=config)[0][0]["writer_id"] == "ms12"
 
 
 def test_memory_stays_flat_in_the_number_of_images(tmp_path, unpacking):
@@ -394,7 +392,7 @@ def test_bytes_that_are_no_image_are_rejected(tmp_path, unpacking, monkeypatch, 
     monkeypatch.setattr("htr_pipeline.io.importers.table.MAX_IMAGE_BYTES", 1000)
     images = [{"bytes": encoded(), "path": None}, {"bytes": image, "path": "../../evil.png"}]
     write_shard(tmp_path / "t.parquet", images)
-    records, rejected = import_lines(tmp_path / "t.parquet", config=unpacking)
+    records, rejected = import_rows(tmp_path / "t.parquet", config=unpacking)
     assert len(records) == 1
     assert rejected[0]["reason"] == "unreadable_image"
     assert re.search(detail, rejected[0]["detail"])
@@ -403,7 +401,7 @@ def test_bytes_that_are_no_image_are_rejected(tmp_path, unpacking, monkeypatch, 
 
 def test_decompression_bomb_within_a_table_is_rejected_by_its_header(tmp_path, unpacking):
     write_shard(tmp_path / "t.parquet", [png_bomb()])
-    _, rejected = import_lines(tmp_path / "t.parquet", config=unpacking)
+    _, rejected = import_rows(tmp_path / "t.parquet", config=unpacking)
     assert rejected[0]["reason"] == "unreadable_image"
     assert "pixels" in rejected[0]["detail"]
 
@@ -414,7 +412,7 @@ def test_table_that_unpacks_to_far_more_than_it_holds_is_not_read(tmp_path, unpa
     table = pa.table({"image": images, "text": list("abc")})
     pq.write_table(table, tmp_path / "t.parquet", compression="zstd", use_dictionary=False)
     with pytest.raises(UserError, match=r"t\.parquet: \d+ bytes that unpack to \d+.*not read"):
-        import_lines(tmp_path / "t.parquet", config=unpacking)
+        import_rows(tmp_path / "t.parquet", config=unpacking)
     assert not (tmp_path / "unpacked").exists()
 
 
@@ -424,7 +422,7 @@ def test_value_that_a_table_holds_once_and_shows_everywhere_is_not_unpacked(tmp_
     assert (tmp_path / "t.parquet").stat().st_size < 100_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=r"t\.parquet: \d+ bytes that unpack to \d+.*not read"):
-        import_lines(tmp_path / "t.parquet")
+        import_rows(tmp_path / "t.parquet")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB; the texts are 4 GB
 
 
@@ -433,16 +431,31 @@ def test_columns_with_the_same_name_are_refused_in_every_kind_of_table(tmp_path)
     (tmp_path / "t.tsv").write_text("image\ttext\ttext\nl.png\ta\tb\n")
     for name in ("t.parquet", "t.tsv"):
         with pytest.raises(UserError, match=rf"{name}: columns with the same name: 'text'"):
-            import_lines(tmp_path / name)
+            import_rows(tmp_path / name)
 
 
 def test_names_within_a_table_cannot_lead_out_of_the_folder(tmp_path, unpacking):
     images = [{"bytes": encoded(i), "path": name} for i, name in enumerate(["../../a.png", "/etc/b.png"])]
     write_shard(tmp_path / "set" / "t.parquet", images)
     before = {path for path in tmp_path.rglob("*") if "unpacked" not in path.parts}
-    records, _ = import_lines(tmp_path / "set", config=unpacking)
+    records, _ = import_rows(tmp_path / "set", config=unpacking)
     assert all(re.fullmatch(r"[0-9a-f]{2}/[0-9a-f]{64}\.png", row["image_path"]) for row in records)
     assert before == {path for path in tmp_path.rglob("*") if "unpacked" not in path.parts}
+
+
+def test_rows_of_a_long_table_are_not_in_memory_together(tmp_path):
+    num_lines = 10_000
+    Image.new("L", (60, 20), 255).save(tmp_path / "line.png")
+    rows = (
+        f"writer-{number // 50}/line-{number}\tline.png\tthe text of the line {number}\n" for number in range(num_lines)
+    )
+    (tmp_path / "lines.tsv").write_text("id\timage\ttext\n" + "".join(rows))
+    tracemalloc.start()
+    lines, _ = import_lines(tmp_path / "lines.tsv")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(lines) == num_lines
+    assert peak / num_lines < 1000  # bytes of Python's; as mappings, all rows would take 1,700
 
 
 def test_tables_named_for_their_splits_are_one_source(table):
@@ -451,9 +464,9 @@ def test_tables_named_for_their_splits_are_one_source(table):
     (table / "lines.tsv").unlink()
     (table / "train.tsv").write_text("\n".join([header, *rows[:2]]) + "\n")
     (table / "dev.tsv").write_text("\n".join([header, rows[2]]) + "\n")
-    records, _ = import_lines(table)
+    records, _ = import_rows(table)
     assert [row["split"] for row in records] == ["validation", "train", "train"]
-    assert {row["split"] for row in import_lines(table / "train.tsv")[0]} == {None}  # alone it says nothing of splits
+    assert {row["split"] for row in import_rows(table / "train.tsv")[0]} == {None}  # alone it says nothing of splits
 
 
 # --- any source ------------------------------------------------------------------------------------------------------
@@ -461,49 +474,49 @@ def test_tables_named_for_their_splits_are_one_source(table):
 
 def test_path_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(UserError, match=r"source\.path = '.*nowhere': there is no such file or folder"):
-        import_lines(tmp_path / "nowhere")
+        import_rows(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("format", ["auto", "lines", "table"])
 def test_empty_folder_is_an_error(tmp_path, format):
     message = "expected one table" if format == "table" else "The folder is empty"
     with pytest.raises(UserError, match=message):
-        import_lines(tmp_path, format)
+        import_rows(tmp_path, format)
 
 
 def test_folder_of_something_else_is_an_error_that_lists_it(tmp_path):
     (tmp_path / "notes.docx").touch()
     with pytest.raises(UserError, match=r"The folder has notes\.docx\. Expected images"):
-        import_lines(tmp_path)
+        import_rows(tmp_path)
 
 
 def test_file_of_another_kind_is_an_error(tmp_path):
     (tmp_path / "x.zip").touch()
     with pytest.raises(UserError, match=r"got a file ending in '\.zip'"):
-        import_lines(tmp_path / "x.zip")
+        import_rows(tmp_path / "x.zip")
 
 
 def test_line_format_of_a_file_is_an_error(table):
     with pytest.raises(UserError, match=r"expected a folder"):
-        import_lines(table / "lines.tsv", "lines")
+        import_rows(table / "lines.tsv", "lines")
 
 
 def test_unknown_format_is_an_error_with_those_that_exist(lines):
     with pytest.raises(UserError, match=r"source\.format = 'docx'.*Allowed: auto, lines, table, page, alto, iam, demo"):
-        import_lines(lines, "docx")
+        import_rows(lines, "docx")
 
 
 def test_two_tables_in_a_folder_are_an_error_that_lists_them(table):
     shutil.copy(table / "lines.tsv", table / "more.tsv")
     with pytest.raises(UserError, match=r"found 2: lines\.tsv, more\.tsv\. Give the path"):
-        import_lines(table)
+        import_rows(table)
 
 
 def test_folder_with_table_and_texts_asks_which_counts(table):
     (table / "lines" / "l0.gt.txt").write_text("x")
     with pytest.raises(UserError, match=r"source\.format=lines or source\.format=table"):
-        import_lines(table)
-    assert len(import_lines(table, "table")[0]) == 4
+        import_rows(table)
+    assert len(import_rows(table, "table")[0]) == 4
 
 
 def test_sixteen_bit_and_transparent_images_are_read(tmp_path):
@@ -511,7 +524,7 @@ def test_sixteen_bit_and_transparent_images_are_read(tmp_path):
     Image.fromarray(np.full((20, 60), 40000, np.uint16)).save(tmp_path / "deep.png")
     write_line(tmp_path, "clear.png")
     Image.new("RGBA", (60, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert len(import_lines(tmp_path)[0]) == 2
+    assert len(import_rows(tmp_path)[0]) == 2
 
 
 @pytest.mark.parametrize(
@@ -524,6 +537,6 @@ def test_sixteen_bit_and_transparent_images_are_read(tmp_path):
 def test_real_lines_are_all_read_with_their_splits(name, counts):
     if not (SHARED / name).exists():
         pytest.skip(f"{SHARED / name} is not here")
-    records, rejected = import_lines(SHARED / name)
+    records, rejected = import_rows(SHARED / name)
     assert rejected == []
     assert Counter(record["split"] for record in records) == counts

@@ -1,4 +1,5 @@
 import csv
+import functools
 import os
 import re
 import shutil
@@ -16,40 +17,15 @@ from PIL import Image
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.cutting import cut_line
 from htr_pipeline.core.image import read_image
-from htr_pipeline.io.importers import SourceConfig, import_lines
+from htr_pipeline.io.importers import SourceConfig
 from htr_pipeline.io.importers import xml as pages
-from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, to_table
+from tests.io import samples
+from tests.io.samples import import_rows
 
-RESOURCES = Path(__file__).parents[1] / "resources" / "page"
+RESOURCES = samples.RESOURCES / "page"
 RAW_PAGES = Path(__file__).parents[3] / "shared" / "data" / "raw_pages"
-
-
-@pytest.fixture
-def source(tmp_path):
-    """A folder with a page image; `add` puts a sample beside it."""
-    folder = tmp_path / "source"
-    folder.mkdir()
-    shutil.copy(RESOURCES / "page.png", folder)
-    return folder
-
-
-def add(source, sample, name=None, change=None):
-    """Copies a sample into the source, with words replaced."""
-    text = (RESOURCES / sample).read_text(encoding="utf-8")
-    for old, new in (change or {}).items():
-        assert old in text
-        text = text.replace(old, new)
-    path = source / (name or Path(sample).name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def read(source, format="page"):
-    records, rejected = import_lines(source, format)
-    to_table([record | {"split": "train"} for record in records], MANIFEST)
-    to_table(rejected, REJECTED_LINES)
-    return records, rejected
+add = functools.partial(samples.add, RESOURCES)
+read = functools.partial(samples.import_rows, format="page")
 
 
 def texts(source):
@@ -166,13 +142,13 @@ def test_folders_named_like_splits_are_splits(source):
 
 def test_writer_pattern_looks_at_the_image(source):
     add(source, "escriptorium_2019.xml")
-    records, _ = import_lines(source, "page", SourceConfig(writer_pattern=r"^(\w+)\."))
+    records, _ = import_rows(source, "page", SourceConfig(writer_pattern=r"^(\w+)\."))
     assert {record["writer_id"] for record in records} == {"page"}
 
 
 def test_single_file_is_a_source(source):
     path = add(source, "escriptorium_2019.xml")
-    assert len(import_lines(path)[0]) == 2
+    assert len(import_rows(path)[0]) == 2
 
 
 # --- where the image is ----------------------------------------------------------------------------------------------
@@ -409,7 +385,7 @@ def test_same_line_twice_is_rejected_once(source):
 def test_auto_recognises_page(source):
     add(source, "escriptorium_2019.xml")
     (source / "mets.xml").write_text("<mets xmlns='http://www.loc.gov/METS/'/>", encoding="utf-8")
-    records, rejected = read(source, "auto")
+    records, rejected = read(source, format="auto")
     assert {record["format"] for record in records} == {"page"}
     assert rejected == []
 
@@ -421,9 +397,9 @@ def test_auto_asks_where_the_same_pages_lie_in_two_formats(source):
     with pytest.raises(
         UserError, match=r"1 PAGE files and 1 ALTO files\. Say which one counts: source\.format=page or sou"
     ):
-        import_lines(source)
-    assert len(read(source, "page")[0]) == 2
-    assert len(read(source, "alto")[0]) == 1
+        import_rows(source)
+    assert len(read(source)[0]) == 2
+    assert len(read(source, format="alto")[0]) == 1
 
 
 # --- everything at once ----------------------------------------------------------------------------------------------
@@ -441,37 +417,14 @@ def test_damaged_files_are_read_or_rejected_and_every_line_can_be_cut(source, sa
     data = (RESOURCES / f"{sample}.xml").read_bytes()
     rng = np.random.default_rng(0)
     for number in range(80):
-        (source / f"{number}.xml").write_bytes(damaged(data, rng))
-    records, rejected = import_lines(source, "page")
+        (source / f"{number}.xml").write_bytes(samples.damaged(data, rng))
+    records, rejected = import_rows(source, "page")
     assert records
     assert rejected
     page = read_image(source / "page.png")
     for record in records:
         line = cut_line(page, record["polygon"], record["baseline"])
         assert line.shape == (record["height_pixels"], record["width_pixels"])
-    to_table(rejected, REJECTED_LINES)
-
-
-def damaged(data, rng):
-    """The bytes with digits, signs, whole pieces or the end changed."""
-    data = bytearray(data)
-    kind = rng.integers(5)
-    if kind == 0:  # digits only: the file stays well-formed, the geometry becomes absurd
-        places = [i for i, byte in enumerate(data) if chr(byte).isdigit()]
-        for place in rng.choice(places, 20):
-            data[place] = ord(rng.choice(list("0123456789-. e,")))
-    elif kind == 1:
-        for place in rng.integers(0, len(data), 5):
-            data[place] = rng.integers(256)
-    elif kind == 2:
-        del data[rng.integers(len(data)) :]
-    elif kind == 3:
-        start = rng.integers(len(data))
-        del data[start : start + rng.integers(1, 60)]
-    else:
-        start, stop = sorted(rng.integers(0, len(data), 2))
-        data[stop:stop] = data[start:stop]
-    return bytes(data)
 
 
 @pytest.mark.skipif(not RAW_PAGES.is_dir(), reason=f"{RAW_PAGES} is not there")
@@ -482,7 +435,7 @@ def test_real_pages_have_the_lines_that_are_expected():
         for format in sorted(
             {"page" if "PAGE" in row["namespace"] else "alto" for row in expected if row["xml"].startswith(folder)}
         ):
-            records, rejected = import_lines(RAW_PAGES / folder, format)
+            records, rejected = import_rows(RAW_PAGES / folder, format)
             assert {row["reason"] for row in rejected} <= {"empty_text"}
             empty = Counter(row["file"] for row in rejected)
             for row in expected:

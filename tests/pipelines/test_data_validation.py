@@ -18,6 +18,7 @@ from PIL import Image
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig
+from htr_pipeline.io import features
 from htr_pipeline.io.datasets import ParquetTable
 from htr_pipeline.io.importers import SourceConfig, SourcesConfig
 from htr_pipeline.io.importers.demo import DemoConfig
@@ -64,12 +65,16 @@ def settings_for(tmp_path, **settings):
     )
 
 
-def validate_all(rows, tmp_path, metadata=None, **settings):
+def imported(rows, folder):
+    """imported_lines whose images lie in folder/source."""
+    return to_table(rows, MANIFEST, {"image_roots": json.dumps({"source": str(folder / "source")})})
+
+
+def validate_all(rows, tmp_path, **settings):
     """validated_lines, rejected_lines, warned_lines, summary and configuration for manifest rows."""
     config = settings_for(tmp_path, **settings)
-    lines = to_table(rows, MANIFEST, metadata)
     nothing = to_table([], REJECTED_LINES)
-    return *validate_lines(lines, nothing, [], config, ImageConfig(height_pixels=48)), config
+    return *validate_lines(imported(rows, tmp_path), nothing, [], config, ImageConfig(height_pixels=48)), config
 
 
 def validate(rows, tmp_path, **settings):
@@ -184,7 +189,7 @@ def test_no_line_left_stops_the_run_whatever_the_share(tmp_path):
     rejection = {"line_id": "x", "file": "x.png", "stage": "import", "reason": "missing_text", "detail": "no x.gt.txt"}
     config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_rejected_share=1.0)
     validated, rejected, _, summary = validate_lines(
-        to_table([], MANIFEST), to_table([rejection], REJECTED_LINES), [], config, ImageConfig()
+        imported([], tmp_path), to_table([rejection], REJECTED_LINES), [], config, ImageConfig()
     )
     with pytest.raises(UserError, match=r"1 of 1 lines were rejected.*\n.*x\.png \| missing_text \| no x\.gt\.txt"):
         check_manifest(validated, rejected, summary, config)
@@ -199,7 +204,7 @@ def test_sentence_that_holds_for_many_lines_is_shown_once(tmp_path):
     ]
     config = ValidationConfig(docs_path=str(tmp_path / "docs"))
     validated, rejected, _, summary = validate_lines(
-        to_table([], MANIFEST), to_table(rejections, REJECTED_LINES), [], config, ImageConfig()
+        imported([], tmp_path), to_table(rejections, REJECTED_LINES), [], config, ImageConfig()
     )
     with pytest.raises(UserError, match="31 of 31 lines were rejected") as caught:
         check_manifest(validated, rejected, summary, config)
@@ -375,7 +380,7 @@ def test_rejected_and_doubted_lines_are_on_the_page_with_their_images(tmp_path):
     draw(source, "line06.png", 100)
     draw(source, "../outside.png", 50)
     (source / "not an image.png").write_text("no")
-    validate_all(rows, tmp_path, {"image_roots": json.dumps({"source": str(source)})})
+    validate_all(rows, tmp_path)
     page = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
     assert shown_images(page) == {"line02.png": pytest.approx(200, abs=3), "line06.png": pytest.approx(100, abs=3)}
     assert page.count("no image that could be shown") == 2
@@ -386,7 +391,7 @@ def test_page_shows_both_images_that_look_alike(tmp_path):
     rows = change(6, image_hash=similar(good_lines()[3]["image_hash"]))
     for index in (3, 6):
         draw(tmp_path / "source", f"line{index:02}.png", 20 * index)
-    validate_all(rows, tmp_path, {"image_roots": json.dumps({"source": str(tmp_path / "source")})})
+    validate_all(rows, tmp_path)
     page = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
     assert page.count('src="data:image/jpeg') == 2
     assert "under it <bdi>line03</bdi>" in page
@@ -398,9 +403,34 @@ def test_line_of_a_page_is_cut_out_by_its_polygon(tmp_path):
     page[5:48, 290:] = 90
     (tmp_path / "source").mkdir()
     Image.fromarray(page).save(tmp_path / "source" / "page.png")
-    validate_all(rows, tmp_path, {"image_roots": json.dumps({"source": str(tmp_path / "source")})})
+    validate_all(rows, tmp_path)
     html = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
     assert shown_images(html) == {"page.png": pytest.approx(90, abs=3)}
+
+
+def test_page_image_is_decoded_once_for_all_lines_that_are_shown(tmp_path, monkeypatch):
+    decoded = []
+    original = features.read_image
+    monkeypatch.setattr(features, "read_image", lambda image: decoded.append(image) or original(image))
+    rows = good_lines()
+    for row, reason in zip(rows, ({"text": "a\x07b"}, {"text": "a\x07b"}, {"height_pixels": 3}), strict=False):
+        row |= {"image_path": "page.png", "polygon": [[10, 5], [390, 5], [390, 45], [10, 45]]} | reason
+    draw(tmp_path / "source", "page.png", 90)
+    validate_all(rows, tmp_path)
+    assert (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8").count('src="data:image/jpeg') == 3
+    assert len(decoded) == 1
+
+
+def test_line_rejected_at_the_import_shows_its_own_file(tmp_path):
+    rejection = {"line_id": "line02", "file": "also line02.png", "stage": "import", "reason": "duplicate_id"}
+    lines = imported(good_lines(), tmp_path)
+    lines = lines.replace_schema_metadata({**lines.schema.metadata, b"id_prefixes": json.dumps({"source": ""})})
+    draw(tmp_path / "source", "line02.png", 200)
+    draw(tmp_path / "source", "also line02.png", 100)
+    rejections = to_table([rejection | {"detail": "The id already belongs to line02.png."}], REJECTED_LINES)
+    validate_lines(lines, rejections, [], settings_for(tmp_path), ImageConfig())
+    page = (tmp_path / "docs" / "summary.html").read_text(encoding="utf-8")
+    assert shown_images(page) == {"also line02.png": pytest.approx(100, abs=3)}
 
 
 def test_page_says_how_many_lines_it_does_not_show(tmp_path):
@@ -453,7 +483,7 @@ def test_two_processes_give_the_same_bytes_also_after_sigkill(tmp_path):
         rows[index]["text"] += "öäüß’"[index % 5]
     for index in range(0, 900, 11):
         rows[index] |= {"height_pixels": 3, "width_pixels": 90}
-    ParquetTable(str(tmp_path / "lines.parquet")).save(to_table(rows, MANIFEST))
+    ParquetTable(str(tmp_path / "lines.parquet")).save(imported(rows, tmp_path))
     first, second = tmp_path / "first", tmp_path / "second"
     assert validation_process(tmp_path, first).wait(120) == 0
     expected = visible_files(first)
@@ -623,8 +653,9 @@ def test_lines_that_official_splits_leave_out_do_not_stop_the_run(tmp_path):
         for i in range(100)
     ]
     config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_rejected_share=0.0)
-    imported = to_table(good_lines(), MANIFEST), to_table(left_out, REJECTED_LINES), []
-    validated, rejected, _, summary = validate_lines(*imported, config, ImageConfig())
+    rejections = to_table(left_out, REJECTED_LINES)
+    lines = imported(good_lines(), tmp_path)
+    validated, rejected, _, summary = validate_lines(lines, rejections, [], config, ImageConfig())
     assert check_manifest(validated, rejected, summary, config).num_rows == 12
     assert summary["reasons"] == {LEFT_OUT: 100}
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.atomic import replacing
 from htr_pipeline.io.exporters.hocr import to_hocr
-from htr_pipeline.io.exporters.pages import Reading, edit_alto, edit_page
+from htr_pipeline.io.exporters.pages import NewText, edit_alto, edit_page
 from htr_pipeline.io.importers.alto import ALTO
 from htr_pipeline.io.importers.page import PAGE
 from htr_pipeline.io.importers.xml import MAX_XML_BYTES, PageFormat, page_id_of, root_tag, xml_files
@@ -74,12 +74,12 @@ def export_lines(
             plain_id = page_id.removeprefix(prefix)
             if plain_id not in files[source]:
                 raise UserError(f"page {plain_id!r}: {root} has no {format.upper()} file of it any more.")
-            readings = {
-                line["line_id"].removeprefix(f"{page_id}/"): Reading(line["text"], line["confidence"])
+            new_texts = {
+                line["line_id"].removeprefix(f"{page_id}/"): NewText(line["text"], line["confidence"])
                 for line in page_lines
             }
             name = prefix + files[source][plain_id]
-            content = _edit(root / files[source][plain_id], root, _EDITORS[format][1], readings)
+            content = _edit(root / files[source][plain_id], root, _EDITORS[format][1], new_texts)
         elif format == "hocr":
             content = to_hocr(page_id, page_lines, root)
         else:
@@ -135,14 +135,14 @@ def _page_files(root: Path, page_format: PageFormat) -> dict[str, str]:
 
 
 def _edit(
-    file: Path, root: Path, edit: Callable[[bytes, Mapping[str, Reading]], bytes], readings: Mapping[str, Reading]
+    file: Path, root: Path, edit: Callable[[bytes, Mapping[str, NewText]], bytes], new_texts: Mapping[str, NewText]
 ) -> bytes:
-    """The XML file with the readings in it."""
+    """The XML file with the new texts in it."""
     try:
         if not file.resolve().is_relative_to(root.resolve()):
             raise UserError("it is a link out of the source's folder, which is not followed.")
         with file.open("rb") as stream:
-            return edit(stream.read(MAX_XML_BYTES + 1), readings)
+            return edit(stream.read(MAX_XML_BYTES + 1), new_texts)
     except OSError as exc:
         raise UserError(f"{file}: it cannot be read ({exc.strerror}), but lines came from it.") from exc
     except UserError as exc:

@@ -16,27 +16,27 @@ from htr_pipeline.io.exporters.xml_edit import Element, XmlFile, markup, quote
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What was read on a line, and how sure that is (0 to 1)."""
+class NewText:
+    """The text that a line gets, and how sure it is (0 to 1)."""
 
     text: str
     confidence: float
 
 
-def edit_page(data: bytes, readings: Mapping[str, Reading]) -> bytes:
+def edit_page(data: bytes, new_texts: Mapping[str, NewText]) -> bytes:
     """A PAGE file with the readings as the texts of its lines.
 
     Args:
         data: the file.
-        readings: by the id of the TextLine.
+        new_texts: by the id of the TextLine.
 
     Raises:
         UserError: the file cannot be read, is not PAGE, or lacks a line.
     """
-    xml, lines = _open(data, "PcGts", "id", readings)
-    for line_id, reading in readings.items():
+    xml, lines = _open(data, "PcGts", "id", new_texts)
+    for line_id, new in new_texts.items():
         line = lines[line_id]
-        words, texts = line.find("Word"), reading.text.split(" ")
+        words, texts = line.find("Word"), new.text.split(" ")
         for word in words:
             if len(words) != len(texts):
                 xml.remove(word)
@@ -44,58 +44,58 @@ def edit_page(data: bytes, readings: Mapping[str, Reading]) -> bytes:
             for word, text in zip(words, texts, strict=True):
                 for glyph in word.find("Glyph"):
                     xml.remove(glyph)
-                _set_text_equiv(xml, word, text, reading.confidence)
-        _set_text_equiv(xml, line, reading.text, reading.confidence)
+                _set_text_equiv(xml, word, text, new.confidence)
+        _set_text_equiv(xml, line, new.text, new.confidence)
     for region in xml.root.iter("TextRegion"):
         own = region.find("TextLine")
-        if region.find("TextEquiv") and any(line.attributes.get("id") in readings for line in own):
+        if region.find("TextEquiv") and any(line.attributes.get("id") in new_texts for line in own):
             texts = [
-                readings[line_id].text if (line_id := line.attributes.get("id", "")) in readings else _text_of(line)
+                new_texts[line_id].text if (line_id := line.attributes.get("id", "")) in new_texts else _text_of(line)
                 for line in own
             ]
             _set_text_equiv(xml, region, "\n".join(texts), None)
     return xml.to_bytes()
 
 
-def edit_alto(data: bytes, readings: Mapping[str, Reading]) -> bytes:
+def edit_alto(data: bytes, new_texts: Mapping[str, NewText]) -> bytes:
     """An ALTO file with the readings as the texts of its lines.
 
     Args:
         data: the file.
-        readings: by the ID of the TextLine.
+        new_texts: by the ID of the TextLine.
 
     Raises:
         UserError: the file cannot be read, is not ALTO, or lacks a line.
     """
-    xml, lines = _open(data, "alto", "ID", readings)
-    for line_id, reading in readings.items():
+    xml, lines = _open(data, "alto", "ID", new_texts)
+    for line_id, new in new_texts.items():
         line = lines[line_id]
-        strings, texts = line.find("String"), reading.text.split(" ")
-        confidence = f"{reading.confidence:.4f}"
+        strings, texts = line.find("String"), new.text.split(" ")
+        confidence = f"{new.confidence:.4f}"
         whole_line = len(strings) != len(texts)
         box = {key: line.attributes[key] for key in ("HPOS", "VPOS", "WIDTH", "HEIGHT") if key in line.attributes}
-        for string, text in zip(strings, [reading.text] if whole_line else texts, strict=False):
+        for string, text in zip(strings, [new.text] if whole_line else texts, strict=False):
             for child in string.children:
                 if child.name in ("Glyph", "ALTERNATIVE") or whole_line:
                     xml.remove(child)
             stale: dict[str, str | None] = dict.fromkeys(("CC", "SUBS_TYPE", "SUBS_CONTENT"))
-            new = {"CONTENT": text, "WC": confidence} | (box if whole_line and len(strings) > 1 else {})
-            xml.set_attributes(string, stale | new)
+            fresh = {"CONTENT": text, "WC": confidence} | (box if whole_line and len(strings) > 1 else {})
+            xml.set_attributes(string, stale | fresh)
         if not strings:
-            xml.insert(line, _tag(line, "String", {"CONTENT": reading.text, "WC": confidence} | box))
+            xml.insert(line, _tag(line, "String", {"CONTENT": new.text, "WC": confidence} | box))
         surplus = [*strings[1:], *line.find("SP")] if whole_line else []
         for element in [*surplus, *line.find("HYP")]:
             xml.remove(element)
     return xml.to_bytes()
 
 
-def _open(data: bytes, root: str, id_name: str, readings: Mapping[str, Reading]) -> tuple[XmlFile, dict[str, Element]]:
+def _open(data: bytes, root: str, id_name: str, new_texts: Mapping[str, NewText]) -> tuple[XmlFile, dict[str, Element]]:
     xml = XmlFile(data)
     if xml.root.name != root:
         raise UserError(f"expected <{root}>, got <{xml.root.name}>. Was the file changed since the import?")
     # Of two lines with one id the importer takes the first.
     lines = {line.attributes.get(id_name, ""): line for line in reversed(list(xml.root.iter("TextLine")))}
-    if missing := [line_id for line_id in readings if line_id not in lines]:
+    if missing := [line_id for line_id in new_texts if line_id not in lines]:
         raise UserError(
             f"there is no line with the id {', '.join(missing[:3])}. Was the file changed since the import? "
             "Lines without ids, which are imported as line1, line2, …, cannot be written back."

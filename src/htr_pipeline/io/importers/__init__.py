@@ -12,32 +12,37 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.cutting import cut_line
 from htr_pipeline.core.image import perceptual_hash, read_image
 from htr_pipeline.core.text import normalise_text
-from htr_pipeline.io.importers.alto import ALTO, read_alto
+from htr_pipeline.io.importers.alto import ALTO
 from htr_pipeline.io.importers.iam import is_iam, read_iam
 from htr_pipeline.io.importers.lines import has_lines, read_lines
-from htr_pipeline.io.importers.page import PAGE, read_page
+from htr_pipeline.io.importers.page import PAGE
 from htr_pipeline.io.importers.table import TABLE_SUFFIXES, find_tables, read_table, unpacked_folder
 from htr_pipeline.io.importers.xml import MAX_DISTORTION, find_roots, has_area
+from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, to_table
 
 logger = logging.getLogger(__name__)
 
 # Pages decoded at the same time; one takes up to half a gigabyte.
 _MAX_THREADS = 8
+_PARTS_A_THREAD = 16
+# The manifest before every line has its split.
+_LINES = MANIFEST.set(MANIFEST.get_field_index("split"), pa.field("split", pa.string()))
 
 
 @config("source")
@@ -111,12 +116,12 @@ def _override(source: SourceConfig, name: str, entry: dict[str, Any]) -> SourceC
         raise UserError(f"In sources.{name}: {exc}") from exc
 
 
-Reader = Callable[[Path, SourceConfig], list[dict[str, Any]]]
+Reader = Callable[[Path, SourceConfig], Iterable[dict[str, Any]]]
 READERS: dict[str, Reader] = {
     "lines": read_lines,
     "table": read_table,
-    "page": read_page,
-    "alto": read_alto,
+    "page": PAGE.read,
+    "alto": ALTO.read,
     "iam": read_iam,
     "demo": read_table,
 }
@@ -124,7 +129,7 @@ READERS: dict[str, Reader] = {
 
 def import_lines(
     path: str | Path, format: str = "auto", config: SourceConfig | None = None, demo: Any = None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[pa.Table, pa.Table]:
     """Every line of a source, with its image decoded once to prove that it can be.
 
     Args:
@@ -134,9 +139,9 @@ def import_lines(
         demo: DemoConfig for format "demo", which renders its lines into the folder first.
 
     Returns:
-        Records with the columns of MANIFEST, in the source's order; `split` is None where the source gives none, and
-        `writer_id` is the page or else the line where it names no writer. And the lines that were rejected, with the
-        columns of REJECTED_LINES.
+        Lines with the columns of MANIFEST, in the source's order; `split` is null where the source gives none, and
+        `writer_id` is the page or else the line where it names no writer. And the lines that were rejected:
+        REJECTED_LINES.
 
     Raises:
         UserError: nothing at the path, no line in it, or it does not fit the format.
@@ -155,10 +160,6 @@ def import_lines(
         )
     format = _recognise(path) if format == "auto" else format
     root = source_root(path, format, config)
-    rows = READERS[format](path, config)
-    if not rows:
-        raise UserError(f"source.path = {str(path)!r}: read as {format!r}, but it has no line. {_contents(path)}")
-
     resolved_root, name = root.resolve(), source_root(path).resolve().name
     # Remembered, also where it fails: ten thousand lines must not have the same bad page decoded ten thousand times.
     measure = lru_cache(maxsize=_MAX_THREADS)(_measure_image)
@@ -166,26 +167,25 @@ def import_lines(
     def finish(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [_finish(row, root, resolved_root, config, measure) for row in part]
 
-    with ThreadPool(min(os.cpu_count() or 1, _MAX_THREADS)) as pool:
-        found = chain.from_iterable(pool.imap(finish, _parts(rows)))
-        finished = list(tqdm(found, total=len(rows), desc="Reading line images", unit="line", mininterval=0.5))
-
-    records, rejected = [], []
+    records, rejected = [_LINES.empty_table()], [REJECTED_LINES.empty_table()]
     first_file: dict[str, str] = {}
-    for row in finished:
-        if "reason" not in row and row["line_id"] in first_file:
-            row |= _reject(
-                "duplicate_id", f"The id already belongs to {first_file[row['line_id']]}: give each line its own."
-            )
-        if "reason" in row:
-            rejected.append(
-                {key: row.get(key) for key in ("line_id", "file", "reason", "detail")} | {"stage": "import"}
-            )
-            continue
-        first_file[row["line_id"]] = row.pop("file")
-        records.append(row | {"source": name, "format": format})
-    logger.info("%s: %d lines read as %r, %d rejected.", path, len(records), format, len(rejected))
-    return records, rejected
+    for finished in _in_threads(finish, _parts(READERS[format](path, config))):
+        for row in finished:
+            if "reason" not in row and row["line_id"] in first_file:
+                row |= _reject(
+                    "duplicate_id", f"The id already belongs to {first_file[row['line_id']]}: give each line its own."
+                )
+            if "reason" not in row:
+                first_file[row["line_id"]] = row["file"]
+        good = [row | {"source": name, "format": format} for row in finished if "reason" not in row]
+        bad = [row | {"stage": "import"} for row in finished if "reason" in row]
+        records.append(to_table(good, _LINES))
+        rejected.append(to_table(bad, REJECTED_LINES))
+    lines, rejections = pa.concat_tables(records), pa.concat_tables(rejected)
+    if not len(lines) + len(rejections):
+        raise UserError(f"source.path = {str(path)!r}: read as {format!r}, but it has no line. {_contents(path)}")
+    logger.info("%s: %d lines read as %r, %d rejected.", path, len(lines), format, len(rejections))
+    return lines, rejections
 
 
 def source_root(path: str | Path, format: str = "auto", config: SourceConfig | None = None) -> Path:
@@ -253,7 +253,7 @@ def _reject(reason: str, detail: str) -> dict[str, str]:
     return {"reason": reason, "detail": detail}
 
 
-def _parts(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _parts(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Rows to be finished one after the other: those of one page, so that its image is decoded once, or a few lines."""
     part: list[dict[str, Any]] = []
     for row in rows:
@@ -263,6 +263,18 @@ def _parts(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         part.append(row)
     if part:
         yield part
+
+
+def _in_threads(
+    finish: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], parts: Iterator[list[dict[str, Any]]]
+) -> Iterator[list[dict[str, Any]]]:
+    """Finished rows in the order of the parts, some at a time: all of a million as mappings would take gigabytes."""
+    num_threads = min(os.cpu_count() or 1, _MAX_THREADS)
+    with ThreadPool(num_threads) as pool, tqdm(desc="Reading line images", unit="line", mininterval=0.5) as bar:
+        while some := list(islice(parts, _PARTS_A_THREAD * num_threads)):
+            finished = list(chain.from_iterable(pool.map(finish, some)))
+            bar.update(len(finished))
+            yield finished
 
 
 def _measure_image(image: Path) -> tuple[str, np.ndarray] | str:

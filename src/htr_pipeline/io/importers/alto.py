@@ -1,34 +1,11 @@
 """ALTO XML, versions 2 to 4."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 from xml.etree.ElementTree import Element
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.io.importers.xml import (
-    Page,
-    PageFormat,
-    PageLine,
-    has_area,
-    parse_number,
-    parse_points,
-    read_pages,
-)
-
-if TYPE_CHECKING:
-    from htr_pipeline.io.importers import SourceConfig
+from htr_pipeline.io.importers.xml import Page, PageFormat, PageLine, has_area, parse_number, parse_points
 
 _UNITS = ("pixel", "mm10", "inch1200")
-
-
-def read_alto(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
-    """One row for each TextLine, in the order of the file.
-
-    Args:
-        path: a folder with ALTO files and page images, or one ALTO file.
-        config: not used.
-    """
-    return read_pages(path, ALTO)
 
 
 def _parse(root: Element) -> Page:

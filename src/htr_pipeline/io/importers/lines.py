@@ -16,7 +16,7 @@ TEXT_SUFFIXES = (".gt.txt", ".txt")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
-def read_lines(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
+def read_lines(path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
     """One row for each image and each text file below the folder, sorted by path; hidden files are not looked at.
 
     The first folder below `path` is the writer, and the folder of the image is the page. Where all first folders are
@@ -35,32 +35,29 @@ def read_lines(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
     images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
     ground_truth, plain = TEXT_SUFFIXES
     suffix = plain if has_lines(path) and not any(name.endswith(ground_truth) for name in files) else ground_truth
-    texts = {name.removesuffix(suffix) for name in files if name.endswith(suffix)}
+    alone = {name for name in files if name.endswith(suffix)} - {_stem(name) + suffix for name in images}
     first_folders = {name.split("/")[0] for name in images if "/" in name}
     folders_are_splits = len(first_folders) > 1 and all(map(parse_split, first_folders))
 
-    rows = []
-    for name in images:
-        line_id = name.rpartition(".")[0]
-        row: dict[str, Any] = {"line_id": line_id, "file": name, "image_path": name}
+    for name in sorted([*images, *alone]):
+        if name in alone:
+            stem = name.removesuffix(suffix)
+            detail = f"{name}: there is no image {stem} ending in {', '.join(IMAGE_SUFFIXES)}. "
+            detail += "Put the image beside it or remove the text."
+            yield {"line_id": stem, "file": name, "reason": "missing_image", "detail": detail}
+            continue
+        row: dict[str, Any] = {"line_id": _stem(name), "file": name, "image_path": name}
         folders = name.split("/")[:-1]
         if folders_are_splits and folders:
             row["split"] = parse_split(folders[0])
             folders = folders[1:]
         if folders:
             row |= {"writer_id": folders[0], "page_id": "/".join(folders)}
-        rows.append(row | _read_text(path, line_id + suffix))
-    rows += [
-        {
-            "line_id": stem,
-            "file": stem + suffix,
-            "reason": "missing_image",
-            "detail": f"{stem}{suffix}: there is no image {stem} ending in {', '.join(IMAGE_SUFFIXES)}. "
-            "Put the image beside it or remove the text.",
-        }
-        for stem in sorted(texts - {row["line_id"] for row in rows})
-    ]
-    return sorted(rows, key=lambda row: row["file"])
+        yield row | _read_text(path, row["line_id"] + suffix)
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def has_lines(path: Path) -> bool:

@@ -3,33 +3,10 @@
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 from xml.etree.ElementTree import Element
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.io.importers.xml import (
-    Page,
-    PageFormat,
-    PageLine,
-    has_area,
-    parse_number,
-    parse_points,
-    read_pages,
-)
-
-if TYPE_CHECKING:
-    from htr_pipeline.io.importers import SourceConfig
-
-
-def read_page(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
-    """One row for each TextLine, in reading order.
-
-    Args:
-        path: a folder with PAGE files and page images, or one PAGE file.
-        config: not used.
-    """
-    return read_pages(path, PAGE)
+from htr_pipeline.io.importers.xml import Page, PageFormat, PageLine, has_area, parse_number, parse_points
 
 
 def _parse(root: Element) -> Page:

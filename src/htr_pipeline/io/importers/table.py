@@ -7,7 +7,7 @@ A Parquet table may hold the images themselves, as Hugging Face's datasets do: a
 import csv
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ _MAX_EXPANSION = 50
 _EXPANSION_FROM_BYTES = 2**30  # a smaller table does no harm
 
 
-def read_table(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
+def read_table(path: Path, config: "SourceConfig") -> Iterable[dict[str, Any]]:
     """One row for each row of the table; image paths are relative to its folder.
 
     A .tsv has no quoting: a quotation mark in it is part of the text. Without an image column the image of line ID is
@@ -62,20 +62,22 @@ def read_table(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
         UserError: there is no table or more than one, it cannot be read, it lacks a column, or names a split that
             there is not.
     """
-    rows = []
     files = _table_files(path)
-    for file in files:
-        columns, table_rows = (
-            _read_parquet(file, config) if file.suffix.lower() == ".parquet" else _read_text_table(file)
-        )
-        names = _find_columns(file, columns, config)
-        if config.split != "given":
-            names.pop("split", None)
-        split = parse_split(file.stem.partition("-")[0]) if len(files) > 1 else None
-        for number, values in table_rows:
-            row = _row(file, number, values, names)
-            rows.append(row | {"split": row.get("split") or split})
-    return rows if "id" in names else _named_as_in_table(rows)
+    rows = (row for file in files for row in _rows_of_table(file, config, is_split=len(files) > 1))
+    if unpacked_folder(path, config) and "id" not in _find_columns(files[0], _parquet_schema(files[0]).names, config):
+        return _named_as_in_table(list(rows))
+    return rows
+
+
+def _rows_of_table(file: Path, config: "SourceConfig", is_split: bool) -> Iterator[dict[str, Any]]:
+    columns, rows = _read_parquet(file, config) if file.suffix.lower() == ".parquet" else _read_text_table(file)
+    names = _find_columns(file, columns, config)
+    if config.split != "given":
+        names.pop("split", None)
+    split = parse_split(file.stem.partition("-")[0]) if is_split else None
+    for number, values in rows:
+        row = _row(file, number, values, names)
+        yield row | {"split": row.get("split") or split}
 
 
 def find_tables(path: Path) -> list[Path]:
@@ -117,21 +119,26 @@ def _table_files(path: Path) -> list[Path]:
     return tables
 
 
-def _read_text_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, Any] | str]]]:
+def _read_text_table(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, Any] | str]]]:
     """Column names, and for each row its line number with its values, or with what is wrong with it."""
-    rows: list[tuple[int, dict[str, Any] | str]] = []
+    rows = _read_cells(file)
+    columns = [name.strip() for name in next(rows, (0, []))[1]]
+    problem = f"{{}} cells where the header has {len(columns)}"
+    return columns, (
+        (number, dict(zip(columns, cells, strict=True)) if len(cells) == len(columns) else problem.format(len(cells)))
+        for number, cells in rows
+        if any(cells)
+    )
+
+
+def _read_cells(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of each row, the header first."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, **_dialect(file, stream.readline()))
             stream.seek(0)
-            columns = [name.strip() for name in next(reader, [])]
             for cells in reader:
-                if not any(cells):
-                    continue
-                if len(cells) == len(columns):
-                    rows.append((reader.line_num, dict(zip(columns, cells, strict=True))))
-                else:
-                    rows.append((reader.line_num, f"{len(cells)} cells where the header has {len(columns)}"))
+                yield reader.line_num, cells
     except UnicodeDecodeError as exc:
         raise UserError(
             f"{file}: not UTF-8 ({exc.reason} at byte {exc.start}). Save the table again as UTF-8."
@@ -140,7 +147,6 @@ def _read_text_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, A
         raise UserError(
             f"{file}, line {reader.line_num}: {exc}. Look for a quotation mark that is not closed."
         ) from exc
-    return columns, rows
 
 
 def _dialect(file: Path, header: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser
 
 import numpy as np
@@ -17,6 +17,9 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.core.cutting import line_band
 from htr_pipeline.core.splits import parse_split
 from htr_pipeline.io.importers.lines import IMAGE_SUFFIXES, visible_files
+
+if TYPE_CHECKING:
+    from htr_pipeline.io.importers import SourceConfig
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,42 @@ class PageFormat:
     root_tag: str
     namespace: str
     parse: Callable[[Element], Page]
+
+    def read(self, path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
+        """One row for each TextLine of each page, files in order of path, lines in reading order.
+
+        XML files whose root element is of another format (METS, metadata, the other of PAGE and ALTO) are left alone
+        and counted in the log; what cannot be parsed at all is a rejected row.
+
+        Args:
+            path: a folder with XML files and page images, or one XML file.
+            config: not used.
+        """
+        root = path.parent if path.is_file() else path
+        images = ImageIndex(visible_files(root))
+        files = xml_files(path)
+        first_folders = {_place(name)[0] for name in files if _place(name)}
+        folders_are_splits = len(first_folders) > 1 and all(map(parse_split, first_folders))
+        others = []
+        for name in files:
+            page_id = page_id_of(name)
+            row: dict[str, Any] = {"line_id": page_id, "page_id": page_id, "file": name}
+            folders = _place(name)
+            if folders_are_splits and folders:
+                row["split"], folders = parse_split(folders[0]), folders[1:]
+            if folders:
+                row["writer_id"] = folders[0]
+            try:
+                page = _read_page(root, name, self)
+            except UserError as exc:
+                yield row | {"reason": "unreadable_xml", "detail": f"{name}: {exc}"}
+                continue
+            if page is None:
+                others.append(name)
+            else:
+                yield from _page_rows(row, page, images)
+        if others:
+            logger.info("%d XML files are not %s and were left alone: %s", len(others), self.name, _few(others))
 
 
 class _LimitedBuilder(TreeBuilder):
@@ -169,44 +208,6 @@ def find_roots(path: Path) -> Counter[str]:
     """How many XML files of each root element lie at or below the path."""
     root = path.parent if path.is_file() else path
     return Counter(tag for name in xml_files(path) if (tag := root_tag(root / name)))
-
-
-def read_pages(path: Path, page_format: PageFormat) -> list[dict[str, Any]]:
-    """One row for each line of each page, files in order of path, lines in reading order.
-
-    XML files whose root element is of another format (METS, metadata, the other of PAGE and ALTO) are left alone and
-    counted in the log; what cannot be parsed at all is a rejected row.
-
-    Args:
-        path: a folder, or one XML file.
-        page_format: how a file is told and read.
-    """
-    root = path.parent if path.is_file() else path
-    images = ImageIndex(visible_files(root))
-    files = xml_files(path)
-    first_folders = {_place(name)[0] for name in files if _place(name)}
-    folders_are_splits = len(first_folders) > 1 and all(map(parse_split, first_folders))
-    rows, others = [], []
-    for name in files:
-        page_id = page_id_of(name)
-        row: dict[str, Any] = {"line_id": page_id, "page_id": page_id, "file": name}
-        folders = _place(name)
-        if folders_are_splits and folders:
-            row["split"], folders = parse_split(folders[0]), folders[1:]
-        if folders:
-            row["writer_id"] = folders[0]
-        try:
-            page = _read_page(root, name, page_format)
-        except UserError as exc:
-            rows.append(row | {"reason": "unreadable_xml", "detail": f"{name}: {exc}"})
-            continue
-        if page is None:
-            others.append(name)
-        else:
-            rows += _page_rows(row, page, images)
-    if others:
-        logger.info("%d XML files are not %s and were left alone: %s", len(others), page_format.name, _few(others))
-    return rows
 
 
 def page_id_of(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig
@@ -43,8 +44,7 @@ def import_sources(
     source: SourceConfig, sources: SourcesConfig, demo: DemoConfig
 ) -> tuple[pa.Table, pa.Table, list[str]]:
     """params:source, params:sources to imported_lines (with splits), import_rejections and import_warnings."""
-    lines: list[dict[str, Any]] = []
-    rejected: list[dict[str, Any]] = []
+    lines, rejected = [MANIFEST.empty_table()], [REJECTED_LINES.empty_table()]
     warnings: list[str] = []
     roots: dict[str, str] = {}
     prefixes: dict[str, str] = {}
@@ -53,26 +53,31 @@ def import_sources(
         # keeps its splits.
         prefix, label = (f"{name}/", f"sources.{name}: ") if name else ("", "")
         try:
-            records, rejections = import_lines(config.path, config.format, config, demo)
+            found, rejections = import_lines(config.path, config.format, config, demo)
         except UserError as exc:
             raise UserError(f"{label}{exc}") from exc
         splits, notes = assign_splits(
-            [record["line_id"] for record in records],
-            [record["writer_id"] for record in records],
-            [record["split"] for record in records],
+            *(found[column].to_pylist() for column in ("line_id", "writer_id", "split")),
             validation_share=config.validation_share,
             test_share=config.test_share,
         )
-        root = str(source_root(config.path, config.format, config))
-        for record, split in zip(records, splits, strict=True):
-            ids = {key: prefix + record[key] for key in ("line_id", "page_id", "writer_id")}
-            record |= ids | {"split": split, "source": name or record["source"]}
-            roots[record["source"]], prefixes[record["source"]] = root, prefix
-            lines.append(record)
-        rejected += [row | {key: prefix + row[key] for key in ("line_id", "file")} for row in rejections]
+        source_name = name or source_root(config.path).resolve().name
+        columns = _with_prefix(found, prefix, ("line_id", "page_id", "writer_id"))
+        columns |= {"split": splits, "source": pa.repeat(source_name, len(found))}
+        lines.append(pa.table(columns, MANIFEST))
+        rejected.append(pa.table(_with_prefix(rejections, prefix, ("line_id", "file")), REJECTED_LINES))
+        roots[source_name] = str(source_root(config.path, config.format, config))
+        prefixes[source_name] = prefix
         warnings += [label + note for note in notes]
     metadata = {"image_roots": json.dumps(roots), "id_prefixes": json.dumps(prefixes)}
-    return to_table(lines, MANIFEST, metadata), to_table(rejected, REJECTED_LINES), warnings
+    imported = pa.concat_tables(lines).replace_schema_metadata({**MANIFEST.metadata, **metadata})
+    return imported, pa.concat_tables(rejected), warnings
+
+
+def _with_prefix(table: pa.Table, prefix: str, names: Sequence[str]) -> dict[str, Any]:
+    """The table's columns, some of them with the prefix before each value."""
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    return columns | {name: pc.binary_join_element_wise(prefix, table[name], "") for name in names}
 
 
 def validate_lines(

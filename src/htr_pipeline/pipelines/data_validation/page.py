@@ -4,12 +4,14 @@ It needs nothing from outside. How it looks, and all escaping, is in summary.htm
 """
 
 import base64
+import contextlib
+import importlib.resources
 import io
 import math
 import unicodedata
 from collections.abc import Mapping
-from importlib.resources import files
-from pathlib import Path
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.core.image import read_image
+from htr_pipeline.io.features import line_images
 from htr_pipeline.io.manifest import SPLITS, id_prefixes, image_roots
 from htr_pipeline.pipelines.data_validation.facts import count_characters
 
@@ -44,7 +46,7 @@ def render_page(
     """
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["number"] = lambda number: f"{number:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-    template = files(__package__).joinpath("summary.html").read_text(encoding="utf-8")
+    template = importlib.resources.files(__package__).joinpath("summary.html").read_text(encoding="utf-8")
     length = kept["text"].str.len().to_numpy(np.int64)
     return environment.from_string(template).render(
         summary=summary,
@@ -170,84 +172,61 @@ def _ticks(step: int, num_bins: int, length: int) -> list[tuple[float, int]]:
 
 def _gallery(kept: pd.DataFrame, lines: pa.Table, findings: pa.Table, num_shown: int) -> list[dict[str, Any]]:
     """For each reason the first lines with their images; the rest are counted."""
-    thumbnails = _Thumbnails(lines)
-    gallery = []
-    for reason in sorted(pc.unique(findings["reason"]).to_pylist()):
-        found = findings.filter(pc.equal(findings["reason"], reason))
-        shown = found.slice(0, num_shown).to_pylist()
-        others: dict[str, str] = {}
-        if reason in ("same_image", "near_duplicate_image"):
-            column = "same_image" if reason == "same_image" else "near_image"
-            rows = kept[kept["line_id"].isin([row["line_id"] for row in shown])]
-            others = dict(zip(rows["line_id"], rows[column], strict=True))
-        images = thumbnails.of_lines([row["line_id"] for row in shown] + list(others.values()))
-        gallery.append(
-            {
-                "reason": reason,
-                "num": found.num_rows,
-                "shown": [
-                    {
-                        **row,
-                        "image": images.get(row["line_id"]) or thumbnails.of_file(row["file"]),
-                        "other_line": others.get(row["line_id"], ""),
-                        "other_image": images.get(others.get(row["line_id"], "")),
-                    }
-                    for row in shown
-                ],
-            }
-        )
-    return gallery
+    reasons = sorted(pc.unique(findings["reason"]).to_pylist())
+    found = {reason: findings.filter(pc.field("reason") == reason) for reason in reasons}
+    shown = {reason: table.slice(0, num_shown).to_pylist() for reason, table in found.items()}
+    rows = [row for group in shown.values() for row in group]
+    facts = kept[kept["line_id"].isin([row["line_id"] for row in rows])]
+    others = {
+        reason: dict(zip(facts["line_id"], facts[column], strict=True))
+        for reason, column in (("same_image", "same_image"), ("near_duplicate_image", "near_image"))
+    }
+    for row in rows:
+        row["other_line"] = others.get(row["reason"], {}).get(row["line_id"], "")
+    line_ids = pa.array([row[name] for row in rows for name in ("line_id", "other_line")], pa.string())
+    images = _thumbnails(lines, lines.filter(pc.is_in(lines["line_id"], line_ids)).to_pylist())
+    # What was rejected at the import has no image but its file; a line with the same id may have been kept.
+    files = _thumbnails_of_files(lines, {row["file"] for row in rows if row["stage"] == "import"})
+    for row in rows:
+        row["image"] = files.get(row["file"]) if row["stage"] == "import" else images.get(row["line_id"])
+        row["other_image"] = images.get(row["other_line"])
+    return [{"reason": reason, "num": found[reason].num_rows, "shown": group} for reason, group in shown.items()]
 
 
-class _Thumbnails:
-    """Small images as data URIs; None where there is none to show.
+def _thumbnails_of_files(lines: pa.Table, files: set[str | None]) -> dict[str, str]:
+    """Small images of files, by the name that rejected_lines has."""
+    rows = [
+        {"line_id": file, "source": source, "image_path": file.removeprefix(prefix), "polygon": None, "baseline": None}
+        for source, prefix in id_prefixes(lines).items()
+        for file in files
+        if file and file.startswith(prefix)
+    ]
+    return _thumbnails(lines, rows)
+
+
+def _thumbnails(lines: pa.Table, rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Small images as data URIs, by line_id, of the rows that have an image to show.
 
     Args:
         lines: all imported lines, with the roots of their sources in the metadata.
+        rows: as for line_images, in any order.
     """
-
-    def __init__(self, lines: pa.Table) -> None:
-        self._lines = lines
-        known = b"image_roots" in (lines.schema.metadata or {})
-        self._roots = {source: root.resolve() for source, root in image_roots(lines).items()} if known else {}
-        self._prefixes = id_prefixes(lines)
-
-    def of_lines(self, line_ids: list[str]) -> dict[str, str | None]:
-        """The images of some lines, by line_id; lines that were not imported have none."""
-        wanted = pc.is_in(self._lines["line_id"], pa.array(line_ids, pa.string()))
-        records = self._lines.filter(wanted).select(["line_id", "source", "image_path", "polygon"]).to_pylist()
-        return {
-            record["line_id"]: self._draw(self._roots.get(record["source"]), record["image_path"], record["polygon"])
-            for record in records
-        }
-
-    def of_file(self, file: str | None) -> str | None:
-        """An image file, under the name that rejected_lines has."""
-        for source, root in self._roots.items():
-            prefix = self._prefixes.get(source, "")
-            if file and file.startswith(prefix):
-                return self._draw(root, file.removeprefix(prefix), None)
-        return None
-
-    def _draw(self, root: Path | None, file: str, polygon: list[list[int]] | None) -> str | None:
-        """The file's image, or the box around the polygon in it."""
-        if root is None:
-            return None
-        try:
-            path = (root / file).resolve()
+    roots = {source: root.resolve() for source, root in image_roots(lines).items()}
+    by_image = itemgetter("source", "image_path")
+    thumbnails = {}
+    for (source, image_path), of_image in groupby(sorted(rows, key=by_image), by_image):
+        with contextlib.suppress(UserError, OSError, ValueError, RuntimeError):  # also names too long, loops of links
+            path = (roots[source] / image_path).resolve()
             # An image outside the source's folder was rejected for that, and is not shown to the world here.
-            if not path.is_relative_to(root) or not path.is_file():
-                return None
-            grey = read_image(path)
-        except (UserError, OSError, ValueError, RuntimeError):  # also: names too long, null bytes, loops of links
-            return None
-        if polygon:
-            (left, top), (right, bottom) = np.min(polygon, axis=0).clip(0), np.max(polygon, axis=0) + 1
-            grey = grey[top:bottom, left:right]
-        if 0 in grey.shape:
-            return None
-        image = Image.fromarray(grey)
-        image.thumbnail(_THUMBNAIL_PIXELS)
-        stream = io.BytesIO()
-        image.save(stream, "JPEG", quality=60)
-        return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+            if path.is_relative_to(roots[source]) and path.is_file():
+                for row, grey in line_images(of_image, roots):
+                    thumbnails[row["line_id"]] = _data_uri(grey)
+    return thumbnails
+
+
+def _data_uri(grey: np.ndarray) -> str:
+    image = Image.fromarray(grey)
+    image.thumbnail(_THUMBNAIL_PIXELS)
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=60)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -81,8 +81,7 @@ def read_lines(
             new = [line for line in lines if line.line_id not in computed]
             computed |= zip((line.line_id for line in new), network.log_probs(new), strict=True)
             for decoder in DECODERS:
-                for line, reading in zip(lines, read(lines, replace(tuned, decoder=decoder)), strict=True):
-                    rows.append(_row(lines_by_id[line.line_id], decoder, line.text, reading))
+                rows += _rows(lines_by_id, decoder, lines, read(lines, replace(tuned, decoder=decoder)))
             for line in lines:
                 del computed[line.line_id]
             bar.update(len(lines))
@@ -106,20 +105,24 @@ def _tune(
     return replace(decoding, alpha=alpha, beta=beta)
 
 
-def _row(line: dict[str, Any], decoder: str, reference: str, reading: "Reading") -> dict[str, Any]:
-    counts = score_lines([reference], [reading.text]).characters
-    return {
-        **line,
-        "decoder": decoder,
-        "reference": reference,
-        "hypothesis": reading.text,
-        "confidence": reading.confidence,
-        **{name: int(getattr(counts, name)[0]) for name in ("hits", "substitutions", "insertions", "deletions")},
-        "characters": [
-            dict(zip(("character", "start_frame", "end_frame", "confidence"), values, strict=True))
-            for values in reading.characters
-        ],
-    }
+def _rows(
+    lines_by_id: Mapping[str, dict[str, Any]], decoder: str, lines: list[Line], readings: "list[Reading]"
+) -> Iterator[dict[str, Any]]:
+    """Rows of PREDICTIONS."""
+    counts = score_lines([line.text for line in lines], [reading.text for reading in readings]).characters
+    for index, (line, reading) in enumerate(zip(lines, readings, strict=True)):
+        yield {
+            **lines_by_id[line.line_id],
+            "decoder": decoder,
+            "reference": line.text,
+            "hypothesis": reading.text,
+            "confidence": reading.confidence,
+            **{name: int(of_lines[index]) for name, of_lines in vars(counts).items()},
+            "characters": [
+                dict(zip(("character", "start_frame", "end_frame", "confidence"), values, strict=True))
+                for values in reading.characters
+            ],
+        }
 
 
 def calibrate_confidences(readings: pa.Table) -> tuple[dict[str, Any], pa.Table]:
@@ -240,10 +243,7 @@ def _score(lines: pd.DataFrame, evaluation: EvaluationConfig) -> dict[str, Any]:
         "interval_over": unit,
         "macro_cer": score.macro_cer,
         "line_accuracy": score.line_accuracy,
-        **{
-            name: int(getattr(score.characters, name).sum())
-            for name in ("hits", "substitutions", "insertions", "deletions")
-        },
+        **{name: int(of_lines.sum()) for name, of_lines in vars(score.characters).items()},
     }
 
 
