@@ -138,7 +138,7 @@ class BidirectionalLSTM(keras.layers.Layer):
         """Makes kernel, recurrent kernel and bias of each direction for (B, T, features)."""
         features, gates = input_shape[0][-1], 4 * self.units
 
-        def weights(name: str, shape: tuple[int, ...], initializer: str) -> list[Any]:
+        def weights(name: str, shape: tuple[int, ...], initializer: Any) -> list[Any]:
             return [
                 self.add_weight(name=f"{direction}_{name}", shape=shape, initializer=initializer, dtype="float32")
                 for direction in ("forward", "backward")
@@ -146,7 +146,7 @@ class BidirectionalLSTM(keras.layers.Layer):
 
         self.kernels = weights("kernel", (features, gates), "glorot_uniform")
         self.recurrent_kernels = weights("recurrent_kernel", (self.units, gates), "orthogonal")
-        self.biases = weights("bias", (gates,), "zeros")
+        self.biases = weights("bias", (gates,), self._open_forget_gates)
 
     def call(self, inputs: tuple[tf.Tensor, tf.Tensor], training: bool = False) -> tf.Tensor:
         """(B, T, features) and (B,) int32 lengths to (B, T, 2 * units)."""
@@ -169,6 +169,10 @@ class BidirectionalLSTM(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """Constructor arguments, for saving."""
         return {**super().get_config(), "units": self.units}
+
+    def _open_forget_gates(self, shape: tuple[int, ...], dtype: Any = None) -> tf.Tensor:
+        # 1 for the second of the four gates (Jozefowicz et al., 2015): what was seen is kept until training says else.
+        return tf.repeat(tf.constant([0, 1, 0, 0], dtype), self.units)
 
     @staticmethod
     def _project(frames: tf.Tensor, kernel: Any, bias: Any) -> tf.Tensor:

@@ -26,7 +26,7 @@ class TrainingConfig:
     batch_size: int = setting(default=16, minimum=1)
     learning_rate: float = setting(default=6e-3, minimum=0.0, maximum=1.0)  # at its peak
     warmup_share: float = setting(default=0.02, minimum=0.0, maximum=0.5)  # of the whole training
-    weight_decay: float = setting(default=1e-4, minimum=0.0)
+    weight_decay: float = setting(default=0.02, minimum=0.0)
     gradient_clip_norm: float = setting(default=5.0, minimum=0.0)
     shortcut_weight: float = setting(default=0.1, minimum=0.0, maximum=1.0)
     buffer_lines: int = setting(default=4096, minimum=1)
@@ -42,7 +42,7 @@ class TrainingConfig:
 
 
 def learning_rate(done: float, config: TrainingConfig) -> float:
-    """Linear warm-up, then half a cosine down to a hundredth of the peak.
+    """Linear warm-up, then a straight line down to a hundredth of the peak.
 
     Args:
         done: share of the whole training, 0 to 1.
@@ -51,7 +51,7 @@ def learning_rate(done: float, config: TrainingConfig) -> float:
     if done < config.warmup_share:
         return config.learning_rate * max(done / config.warmup_share, 0.01)
     falling = (done - config.warmup_share) / (1.0 - config.warmup_share)
-    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(falling, 1.0))))
+    return config.learning_rate * max(1.0 - falling, 0.01)
 
 
 # Best path; prefix beam search; the same with what is known of the language.
