@@ -75,11 +75,12 @@ def _trained(projected: tf.Tensor, recurrent_kernel: tf.Tensor) -> tuple[tf.Tens
         done = tf.while_loop(lambda c, *_: c >= 0, backward, state, maximum_iterations=num_chunks)
         by_gate = to_frames(done[3].stack())
         hidden_before = tf.concat([zeros[tf.newaxis], to_frames(hidden)[:-1]], axis=0)
+
+        def as_matrix(x: tf.Tensor, direction: int) -> tf.Tensor:
+            return tf.reshape(x[:, direction], [-1, x.shape[-1]])
+
         kernel_gradient = [
-            tf.matmul(
-                tf.reshape(hidden_before[:, d], [-1, units]), tf.reshape(by_gate[:, d], [-1, 4 * units]), transpose_a=True
-            )
-            for d in range(directions)
+            tf.matmul(as_matrix(hidden_before, d), as_matrix(by_gate, d), transpose_a=True) for d in range(directions)
         ]
         return by_gate[:frames], tf.stack(kernel_gradient)
 
