@@ -7,6 +7,7 @@ function of its labels alone, so it is stored with the prefix and asked once, wh
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from htr_pipeline.core.ctc.kernel_search import (
     SPACE,
     Characters,
     Entries,
+    Weights,
     Words,
     search,
 )
@@ -315,11 +317,11 @@ def _language(
     alpha: float,
     beta: float,
     lexicon: Lexicon | None,
-) -> tuple[float, float, float, float, Characters | None, Words | None, Entries | None]:
+) -> tuple[Weights, Characters | None, Words | None, Entries | None]:
     """What is known of a text without looking at its image: the last arguments of the compiled search."""
-    if not 0 <= alpha < math.inf:
+    if not isinstance(alpha, numbers.Real) or not 0 <= alpha < math.inf:
         raise ValueError(f"alpha = {alpha}: expected a finite weight of at least 0.")
-    if not math.isfinite(beta):
+    if not isinstance(beta, numbers.Real) or not math.isfinite(beta):
         raise ValueError(f"beta = {beta}: expected a finite number of nats.")
     if not isinstance(language_model, CharacterNGram | WordNGram | None):
         raise ValueError(f"language_model is {language_model!r}: expected a CharacterNGram or a WordNGram.")
@@ -328,7 +330,7 @@ def _language(
     if classes is None:
         if language_model is not None or lexicon is not None:
             raise ValueError("A language model or lexicon needs characters, the character of each class: got None.")
-        return float(alpha), float(beta), ROUNDING, ROUNDING, None, None, None
+        return Weights(float(alpha), float(beta), ROUNDING, ROUNDING), None, None, None
 
     kind = np.array([SPACE if c.isspace() else LETTER if c and is_letter(c) else OTHER for c in classes], np.int8)
     max_word_gain, characters, words, entries = ROUNDING, None, None, None
@@ -354,7 +356,7 @@ def _language(
     if lexicon is not None:
         entries = Entries(*lexicon.for_classes(classes), kind)
         max_word_gain += lexicon.max_score()
-    return float(alpha), float(beta), max_gain + max_word_gain, max_word_gain, characters, words, entries
+    return Weights(float(alpha), float(beta), max_gain + max_word_gain, max_word_gain), characters, words, entries
 
 
 def _best_path(frames: np.ndarray, blank: int, is_space: np.ndarray | None) -> Hypothesis:
