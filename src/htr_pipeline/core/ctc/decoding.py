@@ -91,7 +91,8 @@ def greedy_search(
 
     Returns:
         For each line a list of one Hypothesis, as beam_search returns with top_paths=1. Its score is that of the path,
-        not of all alignments of the labels. Of equally likely classes in a frame the lowest is taken.
+        not of all alignments of the labels. Of equally likely classes in a frame the lowest is taken. A frame in which
+        nothing is possible is read as a blank, and the score is -inf.
 
     Raises:
         ValueError: shapes, lengths, blank_index or characters do not fit, or log_probs cannot be log-probabilities.
@@ -121,8 +122,9 @@ def beam_search(
 
         ctc_score + alpha * lm_score + beta * number of labels + lexicon_score.
 
-    Of equally good ones the shorter, then the lexicographically smaller is preferred. A line's result depends neither
-    on its batch nor on num_threads.
+    Of equally good ones the shorter, then the lexicographically smaller is preferred. Scores are float64: of readings
+    that are equally good, but for the order in which their alignments were added up, rounding decides. A line's result
+    depends neither on its batch nor on num_threads.
 
     A character model scores a character when it is appended. A word model and a lexicon score a word at the white space
     after it; white space before the first word, after the last or next to other white space costs nothing. Once all
@@ -360,8 +362,8 @@ def _language(
 
 
 def _best_path(frames: np.ndarray, blank: int, is_space: np.ndarray | None) -> Hypothesis:
-    path = frames.argmax(axis=1)
     best = frames.max(axis=1, initial=-np.inf)  # (T,)
+    path = np.where(best > -np.inf, frames.argmax(axis=1), blank)
     starts = np.flatnonzero(np.diff(path, prepend=-1))
     ends = np.append(starts[1:], len(path))
     confidences = np.exp(np.minimum(np.maximum.reduceat(best, starts), 0.0)) if len(path) else best

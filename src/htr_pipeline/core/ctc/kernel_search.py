@@ -21,7 +21,10 @@ ROUNDING = 1e-6  # far above what sums of some hundred float64 scores are off
 
 _compiled = compiled(error_model="numpy")
 _helper = compiled(error_model="numpy", _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-_vectorised = compiled(error_model="numpy", _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath={"contract"})
+# Arrays come from outside: without reference counts, calls with many of them take half the time.
+_vectorised = compiled(
+    error_model="numpy", _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath={"contract"}
+)
 
 
 # Numba's cache files hold the names of the tuples below: to rename one means to delete src's __pycache__ folders.
@@ -95,7 +98,7 @@ _PREFIX = np.dtype(
 
 
 # Labels worth appending are sorted, if they are few, or else put into buckets.
-_FEW, _MOST_BUCKETS = 16, 32
+_FEW, _NUM_BUCKETS = 16, 32
 _LOWEST = -np.finfo(np.float64).max  # leaves out impossible labels
 _LANES = 8  # numbers that a vector instruction takes at once
 # Rows of an array (7, W) about the W prefixes of a beam. Numba counts references whenever it takes an array out of a
@@ -353,8 +356,10 @@ def _stay(frame, blank, width, trie, beam, size, scores, ranking, candidate):
 
 @_helper
 def _likely_labels(frame, blank, needed, labels, ceilings, passing):
-    """Fills `labels` with those of at least the log-probability needed, roughly the likeliest first, and `ceilings`
-    with the highest log-probability of each and those behind it.
+    """Fills `labels` with those of at least the log-probability needed, roughly the likeliest first.
+
+    `ceilings` gets the highest log-probability of each label and those behind it. `passing` is there to work in: labels
+    in the order of classes, then, from place K on, the ends of the buckets.
 
     Returns:
         Their number.
@@ -375,14 +380,13 @@ def _likely_labels(frame, blank, needed, labels, ceilings, passing):
                 labels[place] = labels[place - 1]
                 place -= 1
             labels[place] = label
-    else:  # into buckets that are equally wide; `ceilings` and `labels` are as long as there are classes
-        num_buckets = min(size, _MOST_BUCKETS)
-        per_nat = 0.999 * num_buckets / max(highest - lowest, 1e-9)
-        for bucket in range(num_buckets):
+    else:  # into buckets that are equally wide
+        per_nat = 0.999 * _NUM_BUCKETS / max(highest - lowest, 1e-9)
+        for bucket in range(_NUM_BUCKETS):
             passing[len(frame) + bucket] = 0
         for place in range(size):
             passing[len(frame) + int((highest - frame[passing[place]]) * per_nat)] += 1
-        for bucket in range(1, num_buckets):
+        for bucket in range(1, _NUM_BUCKETS):
             passing[len(frame) + bucket] += passing[len(frame) + bucket - 1]
         for place in range(size):
             bucket = int((highest - frame[passing[place]]) * per_nat)
@@ -476,6 +480,17 @@ def _grow(
         _select(trie, beam, ranking, candidate, kept, width)
         kept = width
     return kept
+
+
+@_helper
+def _all_stay(candidate, kept, size):
+    """Whether the next beam has the prefixes of this one, as in most frames that are surely blank."""
+    if kept != size:
+        return False
+    for place in range(kept):
+        if _unpacked(candidate[place])[1] >= 0:
+            return False
+    return True
 
 
 @_helper
@@ -616,6 +631,11 @@ def _search(
             frame, blank, width, weights, characters, words, lexicon, rows, trie, beam, size, scores, classes,
             ceilings, passing, active, ranking, candidate, kept, needed,
         )  # fmt: skip
+        if _all_stay(candidate, kept, size):
+            for slot in range(size):
+                beam[slot].blank_score, beam[slot].label_score = scores[_BLANK_SCORE, slot], scores[_LABEL_SCORE, slot]
+                beam[slot].ctc_score = scores[_CTC_SCORE, slot]
+            continue
         num_nodes = _settle(
             frame, weights, characters, words, lexicon, rows, trie, table, num_nodes, beam, size, next_beam, scores,
             candidate, kept,
@@ -691,7 +711,7 @@ def search(
         np.empty((7, width + _LANES)),
         np.empty(num_classes, np.int64),
         np.empty(num_classes),
-        np.empty(num_classes + _MOST_BUCKETS, np.int64),
+        np.empty(num_classes + _NUM_BUCKETS, np.int64),
         np.empty(width, np.int64),
         np.empty(2 * width),
         np.empty(2 * width, np.int64),
