@@ -56,6 +56,15 @@ def test_folder_of_texts_is_learnt_from_and_its_words_are_known(tmp_path):
     assert collect_words(Texts(), settings, DecodingConfig()) == "Verdun\na\nforest\nold\nroad\nthe\nto\n"
 
 
+def test_arpa_file_of_characters_may_write_blanks_in_its_own_way(tmp_path, caplog):
+    file = tmp_path / "other.arpa"
+    CharacterNGram.train(TRAINING, 2).to_arpa(file, space_token="|")
+    assert " " in train_language_model(Texts(), LanguageModelConfig(arpa=str(file), space_token="|")).vocabulary
+    assert "space_token" not in caplog.text
+    train_language_model(Texts(), LanguageModelConfig(arpa=str(file)))
+    assert "has no '<space>', so the model knows no blanks" in caplog.text
+
+
 def test_arpa_file_is_taken_instead_of_training(tmp_path):
     other = WordNGram.train(["quite another text"], 2)
     other.to_arpa(tmp_path / "other.arpa")

@@ -169,6 +169,13 @@ class TestGreedySearch:
         np.testing.assert_array_equal(first.labels, last.labels + 1)
         assert first.score == last.score
 
+    def test_frame_without_any_possible_class_writes_nothing(self):
+        frames = logs([0.9, 0.1], [0.0, 0.0], [0.0, 0.0])
+        ((found,),) = greedy_search(frames)
+        assert (found.labels.tolist(), found.frame_spans.tolist(), found.score) == ([0], [[0, 1]], -math.inf)
+        ((found,),) = greedy_search(frames[:, 1:], blank_index=0)
+        assert (found.labels.tolist(), found.score, line_confidence(found)) == ([], -math.inf, 0)
+
     def test_misses_the_likelier_text_that_beam_search_finds(self):
         # '' has one path, 0.6 * 0.6; 'a' has three: a-, -a, aa.
         log_probs = logs([0.4, 0.6], [0.4, 0.6])
@@ -241,6 +248,14 @@ class TestAgainstTextbook:
         found = beam_search(log_probs, blank_index=2, beam_width=beam_width, top_paths=beam_width)
         for frames, hypotheses in zip(log_probs, found, strict=True):
             assert_same_list(as_pairs(hypotheses), textbook_search(frames, 2, beam_width))
+
+    @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+    def test_more_classes_than_are_sorted_one_by_one(self, scale):
+        frames = random_log_probs(3, 12, 60, scale=scale)
+        frames[5, :50] = frames[5, 0]  # equally likely
+        frames[6, 7] = -math.inf
+        found = beam_search(frames[None], beam_width=15, top_paths=15)[0]
+        assert_same_list(as_pairs(found), textbook_search(frames, 59, 15))
 
     def test_prefixes_that_leave_the_beam_and_return(self):
         # Few classes and a narrow beam: prefixes drop out and come back many times.
@@ -598,7 +613,7 @@ class TestWrongLanguage:
         with pytest.raises(ValueError, match=r"\['bc'\]: expected distinct single code points"):
             search(np.zeros((1, 3, 3)), characters=["a", "bc"])
 
-    @pytest.mark.parametrize("wrong", [-0.1, math.nan, math.inf])
+    @pytest.mark.parametrize("wrong", [-0.1, math.nan, math.inf, None, "1"])
     def test_alpha(self, wrong):
         with pytest.raises(ValueError, match=f"alpha = {wrong}: expected a finite weight of at least 0"):
             beam_search(np.zeros((1, 3, 3)), alpha=wrong)

@@ -7,6 +7,7 @@ function of its labels alone, so it is stored with the prefix and asked once, wh
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from htr_pipeline.core.ctc.kernel_search import (
     SPACE,
     Characters,
     Entries,
+    Weights,
     Words,
     search,
 )
@@ -89,7 +91,8 @@ def greedy_search(
 
     Returns:
         For each line a list of one Hypothesis, as beam_search returns with top_paths=1. Its score is that of the path,
-        not of all alignments of the labels. Of equally likely classes in a frame the lowest is taken.
+        not of all alignments of the labels. Of equally likely classes in a frame the lowest is taken. A frame in which
+        nothing is possible is read as a blank, and the score is -inf.
 
     Raises:
         ValueError: shapes, lengths, blank_index or characters do not fit, or log_probs cannot be log-probabilities.
@@ -119,8 +122,9 @@ def beam_search(
 
         ctc_score + alpha * lm_score + beta * number of labels + lexicon_score.
 
-    Of equally good ones the shorter, then the lexicographically smaller is preferred. A line's result depends neither
-    on its batch nor on num_threads.
+    Of equally good ones the shorter, then the lexicographically smaller is preferred. Scores are float64: of readings
+    that are equally good, but for the order in which their alignments were added up, rounding decides. A line's result
+    depends neither on its batch nor on num_threads.
 
     A character model scores a character when it is appended. A word model and a lexicon score a word at the white space
     after it; white space before the first word, after the last or next to other white space costs nothing. Once all
@@ -315,11 +319,11 @@ def _language(
     alpha: float,
     beta: float,
     lexicon: Lexicon | None,
-) -> tuple[float, float, float, float, Characters | None, Words | None, Entries | None]:
+) -> tuple[Weights, Characters | None, Words | None, Entries | None]:
     """What is known of a text without looking at its image: the last arguments of the compiled search."""
-    if not 0 <= alpha < math.inf:
+    if not isinstance(alpha, numbers.Real) or not 0 <= alpha < math.inf:
         raise ValueError(f"alpha = {alpha}: expected a finite weight of at least 0.")
-    if not math.isfinite(beta):
+    if not isinstance(beta, numbers.Real) or not math.isfinite(beta):
         raise ValueError(f"beta = {beta}: expected a finite number of nats.")
     if not isinstance(language_model, CharacterNGram | WordNGram | None):
         raise ValueError(f"language_model is {language_model!r}: expected a CharacterNGram or a WordNGram.")
@@ -328,7 +332,7 @@ def _language(
     if classes is None:
         if language_model is not None or lexicon is not None:
             raise ValueError("A language model or lexicon needs characters, the character of each class: got None.")
-        return float(alpha), float(beta), ROUNDING, ROUNDING, None, None, None
+        return Weights(float(alpha), float(beta), ROUNDING, ROUNDING), None, None, None
 
     kind = np.array([SPACE if c.isspace() else LETTER if c and is_letter(c) else OTHER for c in classes], np.int8)
     max_word_gain, characters, words, entries = ROUNDING, None, None, None
@@ -354,12 +358,12 @@ def _language(
     if lexicon is not None:
         entries = Entries(*lexicon.for_classes(classes), kind)
         max_word_gain += lexicon.max_score()
-    return float(alpha), float(beta), max_gain + max_word_gain, max_word_gain, characters, words, entries
+    return Weights(float(alpha), float(beta), max_gain + max_word_gain, max_word_gain), characters, words, entries
 
 
 def _best_path(frames: np.ndarray, blank: int, is_space: np.ndarray | None) -> Hypothesis:
-    path = frames.argmax(axis=1)
     best = frames.max(axis=1, initial=-np.inf)  # (T,)
+    path = np.where(best > -np.inf, frames.argmax(axis=1), blank)
     starts = np.flatnonzero(np.diff(path, prepend=-1))
     ends = np.append(starts[1:], len(path))
     confidences = np.exp(np.minimum(np.maximum.reduceat(best, starts), 0.0)) if len(path) else best

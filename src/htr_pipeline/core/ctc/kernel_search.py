@@ -20,12 +20,15 @@ OTHER, LETTER, SPACE = 0, 1, 2
 ROUNDING = 1e-6  # far above what sums of some hundred float64 scores are off
 
 _compiled = compiled(error_model="numpy")
-_helper = compiled(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-_vectorised = compiled(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath={"contract"})
+_helper = compiled(error_model="numpy", _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# Arrays come from outside: without reference counts, calls with many of them take half the time.
+_vectorised = compiled(
+    error_model="numpy", _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath={"contract"}
+)
 
 
 # Numba's cache files hold the names of the tuples below: to rename one means to delete src's __pycache__ folders.
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
     """How scores are put together, and what a label can gain at most, whatever the network says."""
 
     alpha: float
@@ -94,8 +97,10 @@ _PREFIX = np.dtype(
 )
 
 
-# A label worth appending.
-_LIKELY = np.dtype([("label", np.int64), ("log_prob", np.float64)])
+# Labels worth appending are sorted, if they are few, or else put into buckets.
+_FEW, _NUM_BUCKETS = 16, 32
+_LOWEST = -np.finfo(np.float64).max  # leaves out impossible labels
+_LANES = 8  # numbers that a vector instruction takes at once
 # Rows of an array (7, W) about the W prefixes of a beam. Numba counts references whenever it takes an array out of a
 # tuple, which every frame would pay for.
 _BLANK_SCORE, _LABEL_SCORE, _CTC_SCORE = 0, 1, 2  # of the prefix as it is after the frame, as in _PREFIX
@@ -219,8 +224,7 @@ def _select(trie, beam, ranking, candidate, size, width):
             end = boundary
 
 
-@_helper
-def _rows(characters, width, num_classes):
+def _rows(width: int, num_classes: int, order: int) -> _Rows:
     num_rows = 4
     while num_rows < 4 * width:
         num_rows *= 2
@@ -231,8 +235,8 @@ def _rows(characters, width, num_classes):
         np.empty((num_rows, num_classes), np.int32),
         np.zeros(4 * num_rows, np.int64),
         np.zeros(1, np.int64),
-        np.empty(characters.order, np.int32),
-        np.empty(characters.order),
+        np.empty(order, np.int32),
+        np.empty(order),
     )
 
 
@@ -334,11 +338,12 @@ def _stay(frame, blank, width, trie, beam, size, scores, ranking, candidate):
             scores[_INHERITED, slot] = parent.blank_score if parent.label == old.label else parent.ctc_score
             old.sibling = parent.first_child
             parent.first_child = slot
+    padded = (size + _LANES - 1) & -_LANES  # what lies behind the beam is computed for nobody
     # As literals the rows would have the function compiled for each call.
-    _log_add(scores, np.int64(_OWN), np.int64(_INHERITED), np.int64(_LABEL_SCORE), size)
+    _log_add(scores, np.int64(_OWN), np.int64(_INHERITED), np.int64(_LABEL_SCORE), padded)
     for slot in range(size):
         scores[_LABEL_SCORE, slot] += scores[_FRAME, slot]
-    _log_add(scores, np.int64(_BLANK_SCORE), np.int64(_LABEL_SCORE), np.int64(_CTC_SCORE), size)
+    _log_add(scores, np.int64(_BLANK_SCORE), np.int64(_LABEL_SCORE), np.int64(_CTC_SCORE), padded)
     kept = np.int64(0)
     needed = np.inf
     for slot in range(size):
@@ -350,33 +355,54 @@ def _stay(frame, blank, width, trie, beam, size, scores, ranking, candidate):
 
 
 @_helper
-def _likely_labels(frame, blank, needed, likely):
-    """Fills `likely` with the labels of at least the log-probability needed, the likeliest first (Shell's sort).
+def _likely_labels(frame, blank, needed, labels, ceilings, passing):
+    """Fills `labels` with those of at least the log-probability needed, roughly the likeliest first.
+
+    `ceilings` gets the highest log-probability of each label and those behind it. `passing` is there to work in: labels
+    in the order of classes, then, from place K on, the ends of the buckets.
 
     Returns:
         Their number.
     """
-    size = 0
+    size = np.int64(0)
+    needed = max(needed, _LOWEST)
+    highest, lowest = -np.inf, np.inf
     for label in range(len(frame)):
-        if frame[label] >= needed and frame[label] > -np.inf and label != blank:
-            likely[size].label, likely[size].log_prob = label, frame[label]
-            size += 1
-    gap = size
-    while gap > 1:
-        gap = max(5 * gap // 11, 1)
-        for place in range(gap, size):
-            label, log_prob = likely[place].label, likely[place].log_prob
-            while place >= gap and likely[place - gap].log_prob < log_prob:
-                likely[place].label, likely[place].log_prob = likely[place - gap].label, likely[place - gap].log_prob
-                place -= gap
-            likely[place].label, likely[place].log_prob = label, log_prob
+        passing[size] = label
+        if frame[label] >= needed:
+            size += label != blank
+    for place in range(size):
+        highest, lowest = max(highest, frame[passing[place]]), min(lowest, frame[passing[place]])
+    if size <= _FEW:  # insertion sort
+        for place in range(size):
+            label = passing[place]
+            while place > 0 and frame[labels[place - 1]] < frame[label]:
+                labels[place] = labels[place - 1]
+                place -= 1
+            labels[place] = label
+    else:  # into buckets that are equally wide
+        per_nat = 0.999 * _NUM_BUCKETS / max(highest - lowest, 1e-9)
+        for bucket in range(_NUM_BUCKETS):
+            passing[len(frame) + bucket] = 0
+        for place in range(size):
+            passing[len(frame) + int((highest - frame[passing[place]]) * per_nat)] += 1
+        for bucket in range(1, _NUM_BUCKETS):
+            passing[len(frame) + bucket] += passing[len(frame) + bucket - 1]
+        for place in range(size):
+            bucket = int((highest - frame[passing[place]]) * per_nat)
+            passing[len(frame) + bucket] -= 1
+            labels[passing[len(frame) + bucket]] = passing[place]
+    ceiling = -np.inf
+    for place in range(size - 1, -1, -1):
+        ceiling = max(ceiling, frame[labels[place]])
+        ceilings[place] = ceiling
     return size
 
 
 @_helper
 def _grow(
-    frame, blank, width, weights, characters, words, lexicon, rows, trie, beam, size, scores, likely, ranking,
-    candidate, kept, needed,
+    frame, blank, width, weights, characters, words, lexicon, rows, trie, beam, size, scores, labels, ceilings,
+    passing, active, ranking, candidate, kept, needed,
 ):  # fmt: skip
     """Adds the prefixes that grow by a label to the candidates, and leaves the width best of them.
 
@@ -388,17 +414,19 @@ def _grow(
     for slot in range(size):
         scores[_BOUND, slot] = beam[slot].ctc_score + beam[slot].prior + beta + max_gain
         best = max(best, scores[_BOUND, slot])
-    num_likely = _likely_labels(frame, blank, needed - best, likely)
-    if num_likely == 0:
+    num_labels = _likely_labels(frame, blank, needed - best, labels, ceilings, passing)
+    if num_labels == 0:
         return kept
     if characters is not None:
         row_state, row_log_probs, row_best, latest = rows.state, rows.log_probs, rows.best, rows.latest
         oldest, num_rows = rows.oldest, len(rows.state)
-        best = -np.inf
-        for slot in range(size):
-            if scores[_BOUND, slot] + likely[0].log_prob < needed:
-                scores[_BOUND, slot] = -np.inf
-                continue
+    num_active = np.int64(0)  # prefixes that may still grow into the beam
+    for slot in range(size):
+        active[num_active] = slot
+        if scores[_BOUND, slot] + ceilings[0] < needed:
+            continue
+        num_active += 1
+        if characters is not None:
             old = beam[slot]
             row = latest[old.lm_state & (len(latest) - 1)]
             # A row must not be lost before the frame is done, in which there may be as many new ones as prefixes.
@@ -406,12 +434,16 @@ def _grow(
                 row = _new_row(rows, characters, old.lm_state)
             old.row = row
             scores[_BOUND, slot] += alpha * row_best[row] + max_word_gain - max_gain
-            best = max(best, scores[_BOUND, slot])
-    for place in range(num_likely):
-        label, log_prob = likely[place].label, likely[place].log_prob
-        if best + log_prob < needed:
-            break
-        for slot in range(size):
+    for place in range(num_labels):
+        label, ceiling = labels[place], ceilings[place]
+        log_prob = frame[label]
+        num_tried, num_active = num_active, np.int64(0)
+        for index in range(num_tried):
+            slot = active[index]
+            if scores[_BOUND, slot] + ceiling < needed:  # neither this label nor those behind it
+                continue
+            active[num_active] = slot
+            num_active += 1
             if scores[_BOUND, slot] + log_prob < needed:
                 continue
             old = beam[slot]
@@ -442,10 +474,23 @@ def _grow(
             if kept == len(ranking):
                 needed = _select(trie, beam, ranking, candidate, kept, width)
                 kept = width
+        if num_active == 0:
+            break
     if kept > width:
         _select(trie, beam, ranking, candidate, kept, width)
         kept = width
     return kept
+
+
+@_helper
+def _all_stay(candidate, kept, size):
+    """Whether the next beam has the prefixes of this one, as in most frames that are surely blank."""
+    if kept != size:
+        return False
+    for place in range(kept):
+        if _unpacked(candidate[place])[1] >= 0:
+            return False
+    return True
 
 
 @_helper
@@ -524,28 +569,30 @@ def _end(weights, characters, words, lexicon, beam, size, ranking, candidate):
 
 
 @_helper
-def _align(frames, blank, labels, spans, confidences):
-    """Writes spans and confidences of the labels on their best alignment; on equal scores the path stays put."""
-    num_frames, num_states = len(frames), 2 * len(labels) + 1  # blank, label, blank, ..., label, blank
-    step = np.zeros((num_frames, num_states), np.int8)  # states moved on arrival
-    score = np.empty(num_states)
-    score[:] = -np.inf
-    score[0] = 0.0  # before the first frame: as if a blank had been there
+def _align(frames, blank, labels, length, states, skips, path_scores, steps, spans, confidences):
+    """Writes spans and confidences of the labels on their best alignment; on equal scores the path stays put.
+
+    Only states that can be reached, and from which the end can be reached, are looked at.
+    """
+    num_frames, num_states = len(frames), 2 * length + 1  # blank, label, blank, ..., label, blank
+    for state in range(num_states):
+        states[state] = labels[state // 2] if state % 2 else blank
+        skips[state] = 0.0 if state % 2 and state >= 3 and states[state] != states[state - 2] else -np.inf
+    for state in range(num_states + 2):  # the score of a state stands two places further
+        path_scores[0, state] = path_scores[1, state] = -np.inf
+    path_scores[0, 2] = 0.0  # before the first frame: as if a blank had been there
     for frame in range(num_frames):
-        for state in range(num_states - 1, -1, -1):  # downwards: lower states still hold the previous frame's scores
-            label = labels[state // 2] if state % 2 else blank
-            best = score[state]
-            if state >= 1 and score[state - 1] > best:
-                best = score[state - 1]
-                step[frame, state] = 1
-            if state >= 3 and state % 2 and label != labels[state // 2 - 1] and score[state - 2] > best:
-                best = score[state - 2]
-                step[frame, state] = 2
-            score[state] = best + frames[frame, label]
-    state = num_states - 1
-    if state > 0 and score[state - 1] > score[state]:
+        old, new = frame & 1, 1 - (frame & 1)
+        for state in range(max(0, num_states - 2 * (num_frames - frame)), min(num_states, 2 * frame + 2)):
+            stay, move = path_scores[old, state + 2], path_scores[old, state + 1]
+            skip = path_scores[old, state] + skips[state]
+            best = max(stay, move)
+            steps[frame, state] = 2 if skip > best else move > stay
+            path_scores[new, state + 2] = max(best, skip) + frames[frame, states[state]]
+    last, state = num_frames & 1, num_states - 1
+    if state > 0 and path_scores[last, state + 1] > path_scores[last, state + 2]:
         state -= 1
-    for place in range(len(labels)):
+    for place in range(length):
         spans[place, 1] = 0
         confidences[place] = 0.0
     for frame in range(num_frames - 1, -1, -1):
@@ -553,46 +600,19 @@ def _align(frames, blank, labels, spans, confidences):
         if state % 2:
             spans[place, 0] = frame
             spans[place, 1] = max(spans[place, 1], frame + 1)
-            confidences[place] = max(confidences[place], min(1.0, math.exp(frames[frame, labels[place]])))
-        state -= step[frame, state]
+            confidences[place] = max(confidences[place], min(1.0, math.exp(frames[frame, states[state]])))
+        state -= steps[frame, state]
 
 
 @_compiled
-def search(frames, blank, width, top_paths, alpha, beta, max_gain, max_word_gain, characters, words, lexicon):
-    """Searches one line.
-
-    Args:
-        frames: (T, K) float64, C order. Log-probabilities.
-        blank: class of the blank, 0..K-1.
-        width: prefixes kept after each frame.
-        top_paths: hypotheses wanted.
-        alpha: weight of the language model.
-        beta: gain of each label.
-        max_gain: what model and lexicon together give a label at most.
-        max_word_gain: the part of it that a model of words and the lexicon give.
-        characters: Characters or None.
-        words: Words or None; not beside characters.
-        lexicon: Entries or None.
-
-    Returns:
-        lengths (P,) int64, score, ctc_score, lm_score and lexicon_score (P, 4) float64, labels (P, T) int32, frame
-        spans (P, T, 2) int32 and confidences (P, T) float64 of the P <= top_paths best hypotheses, in any order;
-        entries past the length are undefined.
-    """
-    weights = _Weights(alpha, beta, max_gain, max_word_gain)
-    num_frames, num_classes = frames.shape
-    max_nodes = 1 + width * num_frames
-    table_size = 16
-    while table_size < 2 * max_nodes:
-        table_size *= 2
-    table = np.zeros(table_size, np.int32)
-    trie = np.empty(max_nodes, _NODE)
-    scores, likely = np.empty((7, width)), np.empty(num_classes, _LIKELY)
-    ranking, candidate = np.empty(2 * width), np.empty(2 * width, np.int64)
-    rows = None
-    if characters is not None:
-        rows = _rows(characters, width, num_classes)
-    beam, next_beam = np.empty(width, _PREFIX), np.empty(width, _PREFIX)
+def _search(
+    frames, blank, width, top_paths, alpha, beta, max_gain, max_word_gain, characters, words, lexicon, rows, table,
+    scores, classes, ceilings, passing, active, ranking, candidate, states, skips, path_scores, steps, lengths, totals,
+    labels, spans, confidences,
+):  # fmt: skip
+    weights = Weights(alpha, beta, max_gain, max_word_gain)
+    num_frames = len(frames)
+    trie, beam, next_beam = np.empty(1 + width * num_frames, _NODE), np.empty(width, _PREFIX), np.empty(width, _PREFIX)
     root = beam[0]
     root.node, root.parent, root.label, root.length = 0, -1, -1, 0
     root.ctc_score, root.blank_score, root.label_score, root.prior = 0.0, 0.0, -np.inf, 0.0
@@ -608,9 +628,14 @@ def search(frames, blank, width, top_paths, alpha, beta, max_gain, max_word_gain
         frame = frames[t]
         kept, needed = _stay(frame, blank, width, trie, beam, size, scores, ranking, candidate)
         kept = _grow(
-            frame, blank, width, weights, characters, words, lexicon, rows, trie, beam, size, scores, likely, ranking,
-            candidate, kept, needed,
+            frame, blank, width, weights, characters, words, lexicon, rows, trie, beam, size, scores, classes,
+            ceilings, passing, active, ranking, candidate, kept, needed,
         )  # fmt: skip
+        if _all_stay(candidate, kept, size):
+            for slot in range(size):
+                beam[slot].blank_score, beam[slot].label_score = scores[_BLANK_SCORE, slot], scores[_LABEL_SCORE, slot]
+                beam[slot].ctc_score = scores[_CTC_SCORE, slot]
+            continue
         num_nodes = _settle(
             frame, weights, characters, words, lexicon, rows, trie, table, num_nodes, beam, size, next_beam, scores,
             candidate, kept,
@@ -621,19 +646,80 @@ def search(frames, blank, width, top_paths, alpha, beta, max_gain, max_word_gain
     num_paths = min(size, top_paths)
     if size > num_paths:
         _select(trie, beam, ranking, candidate, size, num_paths)
-    lengths = np.empty(num_paths, np.int64)
-    scores = np.empty((num_paths, 4), np.float64)
-    labels = np.empty((num_paths, num_frames), np.int32)
-    spans = np.empty((num_paths, num_frames, 2), np.int32)
-    confidences = np.empty((num_paths, num_frames), np.float64)
     for path in range(num_paths):
         found = beam[_unpacked(candidate[path])[0]]
-        lengths[path] = length = found.length
-        scores[path, 0], scores[path, 1] = ranking[path], found.ctc_score
-        scores[path, 2], scores[path, 3] = found.lm_score, found.lexicon_score
+        lengths[path] = length = np.int64(found.length)
+        totals[path, 0], totals[path, 1] = ranking[path], found.ctc_score
+        totals[path, 2], totals[path, 3] = found.lm_score, found.lexicon_score
         node = found.node
         for place in range(length - 1, -1, -1):
             labels[path, place] = trie[node].label
             node = trie[node].parent
-        _align(frames, blank, labels[path, :length], spans[path], confidences[path])
-    return lengths, scores, labels, spans, confidences
+        _align(frames, blank, labels[path], length, states, skips, path_scores, steps, spans[path], confidences[path])
+    return num_paths
+
+
+def search(
+    frames: np.ndarray,
+    blank: int,
+    width: int,
+    top_paths: int,
+    weights: Weights,
+    characters: Characters | None,
+    words: Words | None,
+    lexicon: Entries | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Searches one line.
+
+    Args:
+        frames: (T, K) float64, C order. Log-probabilities.
+        blank: class of the blank, 0..K-1.
+        width: prefixes kept after each frame.
+        top_paths: hypotheses wanted, at most width.
+        weights: how scores are put together.
+        characters: a model of characters, or None.
+        words: a model of words, or None; not beside characters.
+        lexicon: a lexicon, or None.
+
+    Returns:
+        lengths (P,) int64, score, ctc_score, lm_score and lexicon_score (P, 4) float64, labels (P, T) int32, frame
+        spans (P, T, 2) int32 and confidences (P, T) float64 of the P <= top_paths best hypotheses, in any order;
+        entries past the length are undefined.
+    """
+    num_frames, num_classes = frames.shape
+    num_states = 2 * num_frames + 1
+    # NumPy allocates what it can: in compiled code each array costs a tenth of a second of compilation, but records
+    # that Python hands over cost time at every call.
+    found = (
+        np.empty(top_paths, np.int64),
+        np.empty((top_paths, 4)),
+        np.empty((top_paths, num_frames), np.int32),
+        np.empty((top_paths, num_frames, 2), np.int32),
+        np.empty((top_paths, num_frames)),
+    )
+    num_paths = _search(
+        frames,
+        blank,
+        width,
+        top_paths,
+        *weights,
+        characters,
+        words,
+        lexicon,
+        None if characters is None else _rows(width, num_classes, characters.order),
+        np.zeros(1 << (2 * width * num_frames + 1).bit_length(), np.int32),
+        np.empty((7, width + _LANES)),
+        np.empty(num_classes, np.int64),
+        np.empty(num_classes),
+        np.empty(num_classes + _NUM_BUCKETS, np.int64),
+        np.empty(width, np.int64),
+        np.empty(2 * width),
+        np.empty(2 * width, np.int64),
+        np.empty(num_states, np.int64),
+        np.empty(num_states),
+        np.empty((2, num_states + 2)),
+        np.empty((num_frames, num_states), np.int8),
+        *found,
+    )
+    lengths, totals, labels, spans, confidences = (array[:num_paths] for array in found)
+    return lengths, totals, labels, spans, confidences

@@ -55,11 +55,12 @@ NODE = np.dtype(
 )
 
 _compiled = compiled()
+_search_helper = compiled(_nrt=False)
 
 File = str | os.PathLike[str] | IO[Any]
 
 
-@_compiled
+@_search_helper
 def child_of(trie, node, token):
     """The child of a node by its token, or 0."""
     low, high = trie[node].first_child, trie[node + 1].first_child
@@ -75,7 +76,7 @@ def child_of(trie, node, token):
     return 0
 
 
-@_compiled
+@_search_helper
 def advance(trie, state, token):
     """Log-probability of a token after a state, and the state after the token; for compiled callers.
 

@@ -75,9 +75,14 @@ def train_language_model(features: FeatureShards, language_model: LanguageModelC
     kind = {"character": CharacterNGram, "word": WordNGram}[language_model.kind]
     if language_model.arpa:
         try:
-            model = kind.from_arpa(language_model.arpa)
+            model = kind.from_arpa(language_model.arpa, space_token=language_model.space_token)
         except (OSError, ValueError) as exc:
             raise UserError(f"language_model.arpa: {exc}") from None
+        if language_model.kind == "character" and " " not in model.vocabulary:
+            logger.warning(
+                "%s has no %r, so the model knows no blanks. language_model.space_token says how it writes them.",
+                language_model.arpa, language_model.space_token,
+            )  # fmt: skip
         source = language_model.arpa
     else:
         texts = _known_texts(features, language_model)
