@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from htr_pipeline.core.config import UserError
+from htr_pipeline.core.distribution import summed
 from htr_pipeline.core.image import DOWNSAMPLING
 from htr_pipeline.core.recipe import ModelConfig
 from htr_pipeline.core.recurrent import lstm
@@ -85,13 +86,22 @@ class FusedBatchNorm(keras.layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         """Makes scale, offset and the moving statistics, (channels,) float32 each."""
-        shape = (input_shape[-1],)
-        self.gamma = self.add_weight(name="gamma", shape=shape, initializer="ones", dtype="float32")
-        self.beta = self.add_weight(name="beta", shape=shape, initializer="zeros", dtype="float32")
-        self.mean = self.add_weight(name="mean", shape=shape, initializer="zeros", trainable=False, dtype="float32")
-        self.variance = self.add_weight(
-            name="variance", shape=shape, initializer="ones", trainable=False, dtype="float32"
-        )
+
+        def weights(name: str, initializer: str, trainable: bool) -> Any:
+            # Never cast, also where the features are bfloat16.
+            return self.add_weight(
+                name=name,
+                shape=(input_shape[-1],),
+                initializer=initializer,
+                trainable=trainable,
+                dtype="float32",
+                autocast=False,
+            )
+
+        self.gamma = weights("gamma", "ones", trainable=True)
+        self.beta = weights("beta", "zeros", trainable=True)
+        self.mean = weights("mean", "zeros", trainable=False)
+        self.variance = weights("variance", "ones", trainable=False)
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         """(B, W, H, channels) to the same shape."""
@@ -106,10 +116,24 @@ class FusedBatchNorm(keras.layers.Layer):
                 epsilon=self.epsilon,
                 is_training=False,
             )[0]
-        outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(inputs, scale, offset, epsilon=self.epsilon)
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            outputs, mean, variance = self._normalised_over_replicas(inputs, scale, offset)
+        else:
+            outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(inputs, scale, offset, epsilon=self.epsilon)
         for moving, batch in ((self.mean, mean), (self.variance, variance)):
             moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
         return outputs
+
+    def _normalised_over_replicas(self, inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """What the fused kernel would return for the rows of all replicas, of which each has equally many."""
+        features = tf.cast(inputs, tf.float32)
+        moments = tf.stack([tf.reduce_mean(features, [0, 1, 2]), tf.reduce_mean(features * features, [0, 1, 2])])
+        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        mean, mean_of_squares = tf.unstack(summed(moments) / num_replicas)
+        variance = tf.maximum(mean_of_squares - mean * mean, 0.0)
+        outputs = tf.nn.batch_normalization(features, mean, variance, offset, scale, self.epsilon)
+        count = num_replicas * tf.cast(tf.reduce_prod(tf.shape(inputs)[:3]), tf.float32)
+        return tf.cast(outputs, inputs.dtype), mean, variance * count / (count - 1.0)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Unchanged."""

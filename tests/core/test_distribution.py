@@ -1,0 +1,125 @@
+"""Two replicas, of one process and of two, against one device on the same batches."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from htr_pipeline.core.augmentation import AugmentationConfig
+from htr_pipeline.core.config import UserError
+from htr_pipeline.core.recipe import ModelConfig
+from htr_pipeline.core.text import Charset
+from tests.core.test_training import CONFIG, MemoryCheckpoints, Silent, drawn, poisoned, with_poison
+
+ROOT = Path(__file__).parents[2]
+# 30 lines in batches of 8: the last one holds 6, so that its second half is not full.
+NUM_LINES = 30
+# The order of additions differs, and Muon makes rounding errors of small gradients larger.
+CLOSE = {"rtol": 0.0, "atol": 2e-4}
+
+
+def configured(**settings):
+    return dataclasses.replace(CONFIG, **{"epochs": 2, **settings})
+
+
+def train(config, distribution=None, poison=False, checkpoints=None, progress=None):
+    from htr_pipeline.core.distribution import Distribution
+    from htr_pipeline.core.model import build_model
+    from htr_pipeline.core.training import train_network
+
+    lines = with_poison() if poison else [drawn(index) for index in range(NUM_LINES)]
+    distribution = distribution or Distribution()
+    with distribution.scope():
+        size = ModelConfig(size="XS", column_dropout=0.0, recurrent_dropout=0.0)
+        model = poisoned() if poison else build_model(size, 11, 32, config.seed)
+    return train_network(
+        model,
+        lambda rng: (lines[index] for index in rng.permutation(len(lines))),
+        len(lines),
+        [drawn(index) for index in range(1000, 1005)],
+        Charset("0123456789"),
+        augmentation=AugmentationConfig(enabled=not poison),
+        config=config,
+        checkpoints=checkpoints or MemoryCheckpoints(),
+        progress=progress or Silent(),
+        distribution=distribution,
+    )
+
+
+def start(tf_config=None, **task):
+    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "TF_CPP_MIN_LOG_LEVEL": "2"}
+    if tf_config:
+        variables["TF_CONFIG"] = json.dumps(tf_config)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.core.distribution_worker", json.dumps(task)],
+        cwd=ROOT,
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-4000:]
+
+
+def mirrored(folder, **task):
+    finish(start(kind="mirrored", cpus=2, folder=str(folder), **task))
+    return results(folder)
+
+
+def start_workers(folder, **task):
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in (first, second)]
+    return [
+        start(
+            {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}},
+            kind="multi_worker",
+            folder=str(folder / f"worker-{index}"),
+            **task,
+        )
+        for index in range(2)
+    ]
+
+
+def results(folder):
+    with np.load(folder / "weights.npz") as file:
+        arrays = [file[name] for name in file.files]
+    return {**json.loads((folder / "results.json").read_text()), "weights": arrays}
+
+
+def assert_like_one_device(found, trained):
+    assert found["num_replicas"] == 2
+    for array, expected in zip(found["weights"], trained.model.get_weights(), strict=True):
+        np.testing.assert_allclose(array, expected, **CLOSE)
+    for row, expected in zip(found["history"], trained.history, strict=True):
+        for name in ("train_loss", "validation_loss", "gradient_norm"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-4)
+        for name in ("step", "learning_rate", "skipped_batches", "verdict"):
+            assert row[name] == expected[name]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return train(configured())
+
+
+def test_two_devices_end_with_the_weights_of_one(alone, tmp_path):
+    import keras
+
+    found = mirrored(tmp_path / "two")
+    assert_like_one_device(found, alone)
+    saved = keras.models.load_model(tmp_path / "two" / "model.keras", compile=False)
+    for array, expected in zip(saved.get_weights(), found["weights"], strict=True):
+        np.testing.assert_array_equal(array, expected)
