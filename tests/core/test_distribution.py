@@ -37,8 +37,8 @@ def train(config, distribution=None, poison=False, checkpoints=None, progress=No
     lines = with_poison() if poison else [drawn(index) for index in range(NUM_LINES)]
     distribution = distribution or Distribution()
     with distribution.scope():
-        size = ModelConfig(size="XS", column_dropout=0.0, recurrent_dropout=0.0)
-        model = poisoned() if poison else build_model(size, 11, 32, config.seed)
+        off = {"column_dropout": 0.0, "recurrent_dropout": 0.0}
+        model = poisoned(**off) if poison else build_model(ModelConfig(size="XS", **off), 11, 32, config.seed)
     return train_network(
         model,
         lambda rng: (lines[index] for index in rng.permutation(len(lines))),
@@ -70,11 +70,6 @@ def start(tf_config=None, **task):
 def finish(process):
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output[-4000:]
-
-
-def mirrored(folder, **task):
-    finish(start(kind="mirrored", cpus=2, folder=str(folder), **task))
-    return results(folder)
 
 
 def start_workers(folder, **task):
@@ -110,16 +105,59 @@ def assert_like_one_device(found, trained):
             assert row[name] == expected[name]
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return train(configured())
-
-
-def test_two_devices_end_with_the_weights_of_one(alone, tmp_path):
-    import keras
-
-    found = mirrored(tmp_path / "two")
+def test_two_devices_end_with_the_weights_of_one_and_skip_the_same_batches(tmp_path):
+    progress = Silent()
+    alone = train(configured(), poison=True, progress=progress)
+    process = start(kind="mirrored", cpus=2, poison=True, folder=str(tmp_path / "two"))
+    finish(process)
+    found = results(tmp_path / "two")
     assert_like_one_device(found, alone)
-    saved = keras.models.load_model(tmp_path / "two" / "model.keras", compile=False)
-    for array, expected in zip(saved.get_weights(), found["weights"], strict=True):
-        np.testing.assert_array_equal(array, expected)
+    assert [row["skipped_batches"] for row in found["history"]] == [1, 1]
+    assert [sentence.split(". ", 1)[1] for sentence in found["warnings"]] == [
+        sentence.split(". ", 1)[1] for sentence in progress.warnings
+    ]
+
+
+def test_two_processes_killed_and_started_again_end_with_the_weights_of_one_device(tmp_path):
+    alone = train(configured())
+    workers = start_workers(tmp_path, die_at_step=5)
+    for worker in workers:
+        worker.communicate(timeout=240)
+    assert [worker.returncode for worker in workers] == [-signal.SIGKILL] * 2
+    workers = start_workers(tmp_path)
+    for worker in workers:
+        finish(worker)
+    first, second = (results(tmp_path / f"worker-{index}") for index in range(2))
+    assert_like_one_device(first, alone)
+    for array, other in zip(first["weights"], second["weights"], strict=True):
+        np.testing.assert_array_equal(array, other)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_an_error():
+    from htr_pipeline.core.distribution import Distribution
+
+    distribution = Distribution()
+    distribution.num_replicas = 4
+    with pytest.raises(UserError, match=r"batch_size = 10: expected a multiple of 4.*Set it to 12"):
+        distribution.rows(10)
+
+
+@pytest.mark.parametrize(
+    "text", [None, "no JSON", '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}']
+)
+def test_without_a_list_of_the_machines_there_is_no_multi_worker(text, monkeypatch):
+    from htr_pipeline.core.distribution import Distribution
+
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    if text:
+        monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(UserError, match=r"TF_CONFIG is .* Expected the addresses of all workers"):
+        Distribution("multi_worker")
+
+
+def test_workers_with_other_checkpoints_are_an_error(monkeypatch):
+    from htr_pipeline.core.distribution import Distribution
+
+    monkeypatch.setattr(Distribution, "largest", lambda self, *values: (7.0, 0.0))
+    with pytest.raises(UserError, match=r"different checkpoints: one of step 7, one of step 0.*that all of them share"):
+        train(configured())

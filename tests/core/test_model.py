@@ -8,7 +8,7 @@ from htr_pipeline.core.text import Charset
 
 keras = pytest.importorskip("keras")
 
-from htr_pipeline.core.model import build_model, copy_weights, multiplications  # noqa: E402  after TensorFlow is known to be there
+from htr_pipeline.core.model import build_model, copy_weights, multiplications, set_precision  # noqa: E402  after TensorFlow is known to be there
 
 NUM_CLASSES = 11
 
@@ -107,3 +107,19 @@ def test_another_height_is_no_hindrance_and_another_size_is_named(model):
     other = build_model(ModelConfig(size="S"), NUM_CLASSES, 32, seed=1)
     with pytest.raises(UserError, match=r"in its layer 'conv_1'.*Set model\.size to the size that it was trained with"):
         copy_weights(model, Charset("0123456789"), other, Charset("0123456789"))
+
+
+def test_in_mixed_precision_only_the_convolutional_part_is_bfloat16():
+    model = build_model(ModelConfig(size="XS"), NUM_CLASSES, 32, seed=3)
+    lines = random_lines([100, 128], 128)
+    exact = {name: np.asarray(x) for name, x in model(lines).items()}
+    set_precision(model, "mixed_bfloat16")
+    types = {layer.name: layer.compute_dtype for layer in model.layers}
+    assert types["conv_2"] == types["norm_2"] == "bfloat16"
+    assert types["recurrent_1"] == types["logits"] == types["shortcut_logits"] == "float32"
+    mixed = {name: np.asarray(x) for name, x in model(lines).items()}
+    for name, logits in exact.items():
+        assert mixed[name].dtype == np.float32
+        assert 0 < np.abs(mixed[name] - logits).max() < 0.03 * np.abs(logits).max()
+    assert all(x.dtype == "float32" for x in model(lines, training=True).values())
+    assert {weight.dtype for weight in model.trainable_variables} == {"float32"}

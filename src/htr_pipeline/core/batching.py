@@ -68,10 +68,10 @@ def training_batches(
     rng = np.random.default_rng([seed, epoch])
     for index, lines in enumerate(_similar_widths(read_lines(rng), batch_size, buffer_lines, rng)):
         if index >= skip_batches:
-            # The rows of the last batch may all be other processes': one without any frames stands for none.
-            own = lines[rows] or [lines[0]._replace(pixels=lines[0].pixels[:0], text="")]
-            augmented = [_augmented(line, augmentation, seed, epoch) for line in own]
-            yield lines, collate(augmented, charset, num_rows)
+            augmented = [_augmented(line, augmentation, seed, epoch) for line in lines[rows]]
+            # The lines of the last batch may all be other processes': one without frames stands for none.
+            empty = lines[0]._replace(pixels=lines[0].pixels[:0], text="")
+            yield lines, collate(augmented or [empty], charset, num_rows)
 
 
 def ordered_batches(lines: Iterable[Line], charset: Charset, batch_size: int) -> Iterator[tuple[list[Line], Batch]]:

@@ -16,7 +16,9 @@ import tensorflow as tf
 from htr_pipeline.core.batching import Batch
 from htr_pipeline.core.config import UserError
 
-_TF_CONFIG_EXAMPLE = '{"cluster": {"worker": ["10.0.0.1:2222", "10.0.0.2:2222"]}, "task": {"type": "worker", "index": 0}}'
+_TF_CONFIG_EXAMPLE = (
+    '{"cluster": {"worker": ["10.0.0.1:2222", "10.0.0.2:2222"]}, "task": {"type": "worker", "index": 0}}'
+)
 
 
 class Distribution:
@@ -54,10 +56,11 @@ class Distribution:
         Raises:
             UserError: the replicas cannot have equally many.
         """
-        if batch_size % self.num_replicas:
+        missing = -batch_size % self.num_replicas
+        if missing:
             raise UserError(
-                f"training.batch_size = {batch_size}: expected a multiple of {self.num_replicas}, the number of devices "
-                f"that share each batch. Set it to {-(-batch_size // self.num_replicas) * self.num_replicas}."
+                f"training.batch_size = {batch_size}: expected a multiple of {self.num_replicas}, since so many devices "
+                f"share each batch. Set it to {batch_size + missing}."
             )
         count = batch_size // self._num_workers
         return slice(self._worker_index * count, (self._worker_index + 1) * count)

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from htr_pipeline.core import cudnn
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.distribution import summed
 from htr_pipeline.core.image import DOWNSAMPLING
@@ -124,7 +125,9 @@ class FusedBatchNorm(keras.layers.Layer):
             moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
         return outputs
 
-    def _normalised_over_replicas(self, inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def _normalised_over_replicas(
+        self, inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         """What the fused kernel would return for the rows of all replicas, of which each has equally many."""
         features = tf.cast(inputs, tf.float32)
         moments = tf.stack([tf.reduce_mean(features, [0, 1, 2]), tf.reduce_mean(features * features, [0, 1, 2])])
@@ -177,14 +180,20 @@ class BidirectionalLSTM(keras.layers.Layer):
         features, length = inputs
         forward = tf.transpose(features, [1, 0, 2])
         directions = (forward, self._reversed(forward, length))
+        if cudnn.is_available():
+            weights = zip(self.kernels, self.recurrent_kernels, self.biases, strict=True)
+            hidden = [
+                cudnn.lstm(x, length, *map(tf.convert_to_tensor, of_direction))
+                for x, of_direction in zip(directions, weights, strict=True)
+            ]
+            return self._joined(*hidden, length)
         projected = [
             self._project(x, kernel, bias)
             for x, kernel, bias in zip(directions, self.kernels, self.biases, strict=True)
         ]
         recurrent_kernel = tf.stack([tf.convert_to_tensor(kernel) for kernel in self.recurrent_kernels])
         hidden = lstm(tf.stack(projected, axis=1), recurrent_kernel, training)
-        both = tf.concat([hidden[:, 0], self._reversed(hidden[:, 1], length)], axis=-1)
-        return tf.transpose(both, [1, 0, 2])
+        return self._joined(hidden[:, 0], hidden[:, 1], length)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """(B, T, 2 * units)."""
@@ -193,6 +202,9 @@ class BidirectionalLSTM(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """Constructor arguments, for saving."""
         return {**super().get_config(), "units": self.units}
+
+    def _joined(self, forward: tf.Tensor, backward: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
+        return tf.transpose(tf.concat([forward, self._reversed(backward, length)], axis=-1), [1, 0, 2])
 
     @staticmethod
     def _project(frames: tf.Tensor, kernel: Any, bias: Any) -> tf.Tensor:
@@ -249,6 +261,20 @@ def build_model(config: ModelConfig, num_classes: int, height_pixels: int, seed:
     return keras.Model(
         {"pixels": pixels, "width_pixels": width}, {"logits": logits, "shortcut_logits": shortcut}, name="htr"
     )
+
+
+def set_precision(model: keras.Model, precision: str) -> None:
+    """Sets the type that the convolutional part computes in; weights and all that follows it stay float32.
+
+    Recurrent layers, logits and the statistics of the normalisations are always float32, and so is what is saved.
+
+    Args:
+        model: of build_model.
+        precision: float32 or mixed_bfloat16.
+    """
+    for layer in model.layers:
+        if not isinstance(layer, BidirectionalLSTM) and "logits" not in layer.name:
+            layer.dtype_policy = keras.DTypePolicy(precision)
 
 
 def copy_weights(trained: keras.Model, trained_charset: Charset, model: keras.Model, charset: Charset) -> None:

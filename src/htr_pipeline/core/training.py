@@ -21,7 +21,7 @@ from htr_pipeline.core.ctc.loss import ctc_loss
 from htr_pipeline.core.distribution import Distribution, change_copies, gathered, summed
 from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.metrics import score_lines
-from htr_pipeline.core.model import FrameLength
+from htr_pipeline.core.model import FrameLength, set_precision
 from htr_pipeline.core.optimizer import Muon
 from htr_pipeline.core.recipe import TrainingConfig, learning_rate
 from htr_pipeline.core.text import Charset, required_frames
@@ -128,8 +128,9 @@ def train_network(
             processes need the same lines, config and checkpoint; only the chief writes.
 
     Raises:
-        UserError: no lines, a batch size that the devices cannot share, workers with other checkpoints, a network of other classes, too many batches without a finite gradient, or a collapse that
-            config.on_collapse does not let pass.
+        UserError: no lines, a batch size that the devices cannot share, workers with other checkpoints, a network of
+            other classes, too many batches without a finite gradient, or a collapse that config.on_collapse does not
+            let pass.
     """
     if not num_training_lines or not validation_lines:
         raise UserError(
@@ -158,6 +159,7 @@ def train_network(
         checkpoints.save(arrays, dataclasses.asdict(state))
 
     total_steps = config.epochs * math.ceil(num_training_lines / config.batch_size)
+
     def share_done() -> float:
         # Clocks differ: all workers go by the one that is ahead.
         (state.elapsed_seconds,) = distribution.largest(state.elapsed_seconds)
@@ -232,6 +234,7 @@ def train_network(
             saved_at = time.monotonic()
             ended_by = _end(state, done, config)
     model.set_weights(best)
+    set_precision(model, "float32")
     return TrainedNetwork(model, state.history, state.best_cer, ended_by)
 
 
@@ -253,9 +256,9 @@ class Trainer:
     """The network, its optimizer and the compiled steps.
 
     Args:
-        model: its weights are changed.
+        model: its weights are changed, and it computes in config.precision from now on.
         charset: its classes.
-        config: batch size, optimizer and weight of the shortcut.
+        config: batch size, optimizer, precision and weight of the shortcut.
         distribution: the devices that share each batch; None: one device.
 
     Raises:
@@ -272,6 +275,7 @@ class Trainer:
                 f"{charset.num_classes}: the blank (the last class) would stand for a character within the texts. "
                 "Build the network for this charset, or start from it with training.start_from."
             )
+        set_precision(model, config.precision)
         self.model = model
         self.charset = charset
         self.config = config
