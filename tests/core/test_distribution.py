@@ -21,8 +21,16 @@ from tests.core.test_training import CONFIG, MemoryCheckpoints, Silent, drawn, p
 ROOT = Path(__file__).parents[2]
 # 30 lines in batches of 8: the last one holds 6, so that its second half is not full.
 NUM_LINES = 30
-# The order of additions differs, and Muon makes rounding errors of small gradients larger.
-CLOSE = {"rtol": 0.0, "atol": 2e-4}
+# Additions come in another order. A step of an entry is some 6e-3 long.
+CLOSE = {"rtol": 0.0, "atol": 5e-5}
+
+
+@pytest.fixture
+def _same_normalisation(monkeypatch):
+    """On one device too; test_model compares it with the fused kernel, which rounds otherwise, more than all the rest."""
+    from htr_pipeline.core.model import FusedBatchNorm
+
+    monkeypatch.setattr(FusedBatchNorm, "_fused", FusedBatchNorm._over_replicas)
 
 
 def configured(**settings):
@@ -105,6 +113,7 @@ def assert_like_one_device(found, trained):
             assert row[name] == expected[name]
 
 
+@pytest.mark.usefixtures("_same_normalisation")
 def test_two_devices_end_with_the_weights_of_one_and_skip_the_same_batches(tmp_path):
     progress = Silent()
     alone = train(configured(), poison=True, progress=progress)
@@ -118,6 +127,7 @@ def test_two_devices_end_with_the_weights_of_one_and_skip_the_same_batches(tmp_p
     ]
 
 
+@pytest.mark.usefixtures("_same_normalisation")
 def test_two_processes_killed_and_started_again_end_with_the_weights_of_one_device(tmp_path):
     alone = train(configured())
     workers = start_workers(tmp_path, die_at_step=5)

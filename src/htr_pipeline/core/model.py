@@ -117,17 +117,16 @@ class FusedBatchNorm(keras.layers.Layer):
                 epsilon=self.epsilon,
                 is_training=False,
             )[0]
-        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            outputs, mean, variance = self._normalised_over_replicas(inputs, scale, offset)
-        else:
-            outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(inputs, scale, offset, epsilon=self.epsilon)
+        is_alone = tf.distribute.get_strategy().num_replicas_in_sync == 1
+        outputs, mean, variance = (self._fused if is_alone else self._over_replicas)(inputs, scale, offset)
         for moving, batch in ((self.mean, mean), (self.variance, variance)):
             moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
         return outputs
 
-    def _normalised_over_replicas(
-        self, inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def _fused(self, inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return tf.compat.v1.nn.fused_batch_norm(inputs, scale, offset, epsilon=self.epsilon)
+
+    def _over_replicas(self, inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """What the fused kernel would return for the rows of all replicas, of which each has equally many."""
         features = tf.cast(inputs, tf.float32)
         moments = tf.stack([tf.reduce_mean(features, [0, 1, 2]), tf.reduce_mean(features * features, [0, 1, 2])])

@@ -440,11 +440,11 @@ def _prefetched(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def _check_same_start(state: TrainingState, distribution: Distribution) -> None:
-    last, first = distribution.largest(state.step, -state.step)
+    last, first = (int(step) for step in distribution.largest(state.step, -state.step))
     if last != -first:
         raise UserError(
-            f"The workers of this training found different checkpoints: one of step {last:.0f}, one of step "
-            f"{-first:.0f} (0: none). Give checkpoint.path a folder that all of them share."
+            f"The workers of this training found different checkpoints: one of step {last}, one of step "
+            f"{-first} (0: none). Give checkpoint.path a folder that all of them share."
         )
 
 
