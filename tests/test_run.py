@@ -323,6 +323,19 @@ def test_training_goes_on_after_sigkill_in_the_same_mlflow_run_with_the_same_res
     pd.testing.assert_frame_equal(pd.read_parquet(paths["history"])[timeless], history[timeless])
 
 
+def test_the_gpu_environment_trains_on_a_cpu_too(project):
+    small = "model.size=XS,training.epochs=1,training.batch_size=8"
+    command = [sys.executable, "-m", "kedro", "run", "--env", "gpu", "--pipeline", "training", "--params", small]
+    done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parameters = mlflow_runs(project)[0].data.params
+    assert parameters["training.distribution"] == "mirrored"
+    assert parameters["training.precision"] == "mixed_bfloat16"
+    paths = catalog(project)
+    assert pd.read_parquet(paths["history"])["step"].to_list() == [4]
+    assert all(np.isfinite(array).all() for array in weights(paths["model"]).values())
+
+
 # --- exports ---------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ CLOSE = {"rtol": 0.0, "atol": 5e-5}
 
 @pytest.fixture
 def _same_normalisation(monkeypatch):
-    """On one device too; test_model compares it with the fused kernel, which rounds otherwise, more than all the rest."""
+    """On one device too; test_model compares it with the fused kernel, whose rounding differs more than the rest."""
     from htr_pipeline.core.model import FusedBatchNorm
 
     monkeypatch.setattr(FusedBatchNorm, "_fused", FusedBatchNorm._over_replicas)
@@ -148,7 +148,9 @@ def test_a_batch_that_the_devices_cannot_share_is_an_error():
 
     distribution = Distribution()
     distribution.num_replicas = 4
-    with pytest.raises(UserError, match=r"batch_size = 10: expected a multiple of 4.*Set it to 12"):
+    with pytest.raises(
+        UserError, match=r"batch_size = 10: expected a multiple of 4: so many devices share each batch. Set it to 12"
+    ):
         distribution.rows(10)
 
 

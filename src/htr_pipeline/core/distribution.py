@@ -59,7 +59,7 @@ class Distribution:
         missing = -batch_size % self.num_replicas
         if missing:
             raise UserError(
-                f"training.batch_size = {batch_size}: expected a multiple of {self.num_replicas}, since so many devices "
+                f"training.batch_size = {batch_size}: expected a multiple of {self.num_replicas}: so many devices "
                 f"share each batch. Set it to {batch_size + missing}."
             )
         count = batch_size // self._num_workers
