@@ -113,7 +113,8 @@ def summed(tensors: Any) -> Any:
 def gathered(tensor: tf.Tensor) -> tf.Tensor:
     """Within a step: the rows of all replicas, in the order of the global batch."""
     context = tf.distribute.get_replica_context()
-    return tensor if context.num_replicas_in_sync == 1 else context.all_gather(tensor, axis=0)
+    # A copy, since an argument of the step is on no device yet, and TensorFlow asks for one.
+    return tensor if context.num_replicas_in_sync == 1 else context.all_gather(tf.identity(tensor), axis=0)
 
 
 def change_copies(change: Callable[..., None], arguments: Any, variable: tf.Variable) -> None:

@@ -180,12 +180,11 @@ class BidirectionalLSTM(keras.layers.Layer):
         forward = tf.transpose(features, [1, 0, 2])
         directions = (forward, self._reversed(forward, length))
         if cudnn.is_available():
-            weights = zip(self.kernels, self.recurrent_kernels, self.biases, strict=True)
             hidden = [
-                cudnn.lstm(x, length, *map(tf.convert_to_tensor, of_direction))
-                for x, of_direction in zip(directions, weights, strict=True)
+                cudnn.lstm(x, length, *map(tf.convert_to_tensor, weights))
+                for x, *weights in zip(directions, self.kernels, self.recurrent_kernels, self.biases, strict=True)
             ]
-            return self._joined(*hidden, length)
+            return self._joined(hidden[0], hidden[1], length)
         projected = [
             self._project(x, kernel, bias)
             for x, kernel, bias in zip(directions, self.kernels, self.biases, strict=True)
