@@ -369,6 +369,19 @@ def test_run_goes_through_on_threads_and_on_processes(project, runner):
     succeed(project, "--pipeline", "data_validation", "--runner", runner)
 
 
+def test_the_gpu_environment_trains_on_a_cpu_too(project):
+    small = "model.size=XS,training.epochs=1,training.batch_size=8"
+    command = [sys.executable, "-m", "kedro", "run", "--env", "gpu", "--pipeline", "training", "--params", small]
+    done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parameters = mlflow_runs(project)[0].data.params
+    assert parameters["training.distribution"] == "mirrored"
+    assert parameters["training.precision"] == "mixed_bfloat16"
+    paths = catalog(project)
+    assert pd.read_parquet(paths["history"])["step"].to_list() == [4]
+    assert all(np.isfinite(array).all() for array in weights(paths["model"]).values())
+
+
 # --- exports ---------------------------------------------------------------------------------------------------------
 
 

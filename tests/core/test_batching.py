@@ -83,3 +83,31 @@ def test_true_lengths_and_filler_rows():
 def test_ordered_batches_keep_the_order():
     members = [line.line_id for group, _ in ordered_batches(lines(20), CHARSET, 8) for line in group]
     assert members == [line.line_id for line in lines(20)]
+
+
+def test_a_worker_makes_its_own_rows_of_the_same_batches():
+    def batches_of(rows):
+        return list(
+            training_batches(
+                lambda rng: iter(lines(18)),
+                CHARSET,
+                AugmentationConfig(),
+                batch_size=8,
+                buffer_lines=64,
+                seed=5,
+                epoch=0,
+                rows=rows,
+            )
+        )
+
+    whole = batches_of(slice(None))
+    halves = batches_of(slice(0, 4)), batches_of(slice(4, 8))
+    for (members, batch), *parts in zip(whole, *halves, strict=True):
+        for (all_members, part), start in zip(parts, (0, 4), strict=True):
+            assert [line.line_id for line in all_members] == [line.line_id for line in members]
+            np.testing.assert_array_equal(part.width_pixels, batch.width_pixels[start : start + 4])
+            width = part.pixels.shape[1]
+            np.testing.assert_array_equal(part.pixels, batch.pixels[start : start + 4, :width])
+            assert not batch.pixels[start : start + 4, width:].any()
+    # One batch has two lines: nothing for the second worker.
+    assert sorted(part.width_pixels.any() for _, part in halves[1]) == [False, True, True]

@@ -8,7 +8,7 @@ from htr_pipeline.core.text import Charset
 
 keras = pytest.importorskip("keras")
 
-from htr_pipeline.core.model import build_model, copy_weights, multiplications  # noqa: E402  after TensorFlow is known to be there
+from htr_pipeline.core.model import FusedBatchNorm, build_model, copy_weights, multiplications, set_precision  # noqa: E402  after TensorFlow is known to be there
 
 NUM_CLASSES = 11
 
@@ -107,3 +107,37 @@ def test_another_height_is_no_hindrance_and_another_size_is_named(model):
     other = build_model(ModelConfig(size="S"), NUM_CLASSES, 32, seed=1)
     with pytest.raises(UserError, match=r"in its layer 'conv_1'.*Set model\.size to the size that it was trained with"):
         copy_weights(model, Charset("0123456789"), other, Charset("0123456789"))
+
+
+def test_in_mixed_precision_only_the_convolutional_part_is_bfloat16():
+    model = build_model(ModelConfig(size="XS"), NUM_CLASSES, 32, seed=3)
+    lines = random_lines([100, 128], 128)
+    exact = {name: np.asarray(x) for name, x in model(lines).items()}
+    set_precision(model, "mixed_bfloat16")
+    types = {layer.name: layer.compute_dtype for layer in model.layers}
+    assert types["conv_2"] == types["norm_2"] == "bfloat16"
+    assert types["recurrent_1"] == types["logits"] == types["shortcut_logits"] == "float32"
+    mixed = {name: np.asarray(x) for name, x in model(lines).items()}
+    for name, logits in exact.items():
+        assert mixed[name].dtype == np.float32
+        assert 0 < np.abs(mixed[name] - logits).max() < 0.03 * np.abs(logits).max()
+    assert all(x.dtype == "float32" for x in model(lines, training=True).values())
+    assert {weight.dtype for weight in model.trainable_variables} == {"float32"}
+
+
+def test_the_normalisation_of_several_replicas_is_the_fused_one():
+    import tensorflow as tf
+
+    layer = FusedBatchNorm()
+    rng = np.random.default_rng(4)
+    inputs = tf.constant(rng.normal(0.5, 2.0, (4, 16, 8, 6)), tf.float32)
+    upstream = tf.constant(rng.normal(size=inputs.shape), tf.float32)
+    variables = [tf.constant(rng.uniform(0.5, 1.5, 6), tf.float32) for _ in range(2)]
+    found = []
+    for normalise in (layer._fused, layer._over_replicas):
+        with tf.GradientTape() as tape:
+            tape.watch([inputs, *variables])
+            outputs, mean, variance = normalise(inputs, *variables)
+        found.append([outputs, mean, variance, *tape.gradient(outputs, [inputs, *variables], upstream)])
+    for fused, ours in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, fused, rtol=1e-5, atol=1e-5)

@@ -77,7 +77,7 @@ def run(checkpoints=None, config=CONFIG, lines=30, progress=None, model=None, tr
     )
 
 
-def poisoned():
+def poisoned(**dropout):
     """The frames of lines whose brightest pixel is 77 become NaN."""
     import keras
 
@@ -88,7 +88,7 @@ def poisoned():
             ill = keras.ops.equal(keras.ops.max(pixels, axis=(1, 2)), 77)
             return keras.ops.where(ill[:, None, None], float("nan"), logits)
 
-    model = build_model(ModelConfig(size="XS"), 11, 32, CONFIG.seed)
+    model = build_model(ModelConfig(size="XS", **dropout), 11, 32, CONFIG.seed)
     pixels = model.input["pixels"]
     return keras.Model(model.input, {name: NotANumber()(x, pixels) for name, x in model.output.items()})
 

@@ -49,8 +49,9 @@ def training_batches(
     seed: int,
     epoch: int,
     skip_batches: int = 0,
+    rows: slice = slice(None),
 ) -> Iterator[tuple[list[Line], Batch]]:
-    """One epoch of augmented batches, each with its lines; order and distortions are fixed by seed and epoch.
+    """One epoch of augmented batches, each with all its lines; order and distortions are fixed by seed and epoch.
 
     Args:
         read_lines: yields all training lines in an order drawn from the generator that it is given.
@@ -61,12 +62,16 @@ def training_batches(
         seed: of the run.
         epoch: number of the pass over the data.
         skip_batches: batches already trained on, left out at the beginning.
+        rows: of each batch, those that are made; another process makes the others.
     """
+    num_rows = len(range(batch_size)[rows])
     rng = np.random.default_rng([seed, epoch])
     for index, lines in enumerate(_similar_widths(read_lines(rng), batch_size, buffer_lines, rng)):
         if index >= skip_batches:
-            augmented = [_augmented(line, augmentation, seed, epoch) for line in lines]
-            yield augmented, collate(augmented, charset, batch_size)
+            augmented = [_augmented(line, augmentation, seed, epoch) for line in lines[rows]]
+            # The lines of the last batch may all be other processes': one without frames stands for none.
+            empty = lines[0]._replace(pixels=lines[0].pixels[:0], text="")
+            yield lines, collate(augmented or [empty], charset, num_rows)
 
 
 def ordered_batches(lines: Iterable[Line], charset: Charset, batch_size: int) -> Iterator[tuple[list[Line], Batch]]:

@@ -10,7 +10,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from htr_pipeline.core import cudnn
 from htr_pipeline.core.config import UserError
+from htr_pipeline.core.distribution import summed
 from htr_pipeline.core.image import DOWNSAMPLING
 from htr_pipeline.core.recipe import ModelConfig
 from htr_pipeline.core.recurrent import lstm
@@ -85,13 +87,22 @@ class FusedBatchNorm(keras.layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         """Makes scale, offset and the moving statistics, (channels,) float32 each."""
-        shape = (input_shape[-1],)
-        self.gamma = self.add_weight(name="gamma", shape=shape, initializer="ones", dtype="float32")
-        self.beta = self.add_weight(name="beta", shape=shape, initializer="zeros", dtype="float32")
-        self.mean = self.add_weight(name="mean", shape=shape, initializer="zeros", trainable=False, dtype="float32")
-        self.variance = self.add_weight(
-            name="variance", shape=shape, initializer="ones", trainable=False, dtype="float32"
-        )
+
+        def weights(name: str, initializer: str, trainable: bool) -> Any:
+            # Never cast, also where the features are bfloat16.
+            return self.add_weight(
+                name=name,
+                shape=(input_shape[-1],),
+                initializer=initializer,
+                trainable=trainable,
+                dtype="float32",
+                autocast=False,
+            )
+
+        self.gamma = weights("gamma", "ones", trainable=True)
+        self.beta = weights("beta", "zeros", trainable=True)
+        self.mean = weights("mean", "zeros", trainable=False)
+        self.variance = weights("variance", "ones", trainable=False)
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         """(B, W, H, channels) to the same shape."""
@@ -106,10 +117,25 @@ class FusedBatchNorm(keras.layers.Layer):
                 epsilon=self.epsilon,
                 is_training=False,
             )[0]
-        outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(inputs, scale, offset, epsilon=self.epsilon)
+        is_alone = tf.distribute.get_strategy().num_replicas_in_sync == 1
+        outputs, mean, variance = (self._fused if is_alone else self._over_replicas)(inputs, scale, offset)
         for moving, batch in ((self.mean, mean), (self.variance, variance)):
             moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
         return outputs
+
+    def _fused(self, inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return tf.compat.v1.nn.fused_batch_norm(inputs, scale, offset, epsilon=self.epsilon)
+
+    def _over_replicas(self, inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """What the fused kernel would return for the rows of all replicas, of which each has equally many."""
+        features = tf.cast(inputs, tf.float32)
+        moments = tf.stack([tf.reduce_mean(features, [0, 1, 2]), tf.reduce_mean(features * features, [0, 1, 2])])
+        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        mean, mean_of_squares = tf.unstack(summed(moments) / num_replicas)
+        variance = tf.maximum(mean_of_squares - mean * mean, 0.0)
+        outputs = tf.nn.batch_normalization(features, mean, variance, offset, scale, self.epsilon)
+        count = num_replicas * tf.cast(tf.reduce_prod(tf.shape(inputs)[:3]), tf.float32)
+        return tf.cast(outputs, inputs.dtype), mean, variance * count / (count - 1.0)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Unchanged."""
@@ -153,14 +179,19 @@ class BidirectionalLSTM(keras.layers.Layer):
         features, length = inputs
         forward = tf.transpose(features, [1, 0, 2])
         directions = (forward, self._reversed(forward, length))
+        if cudnn.is_available():
+            hidden = [
+                cudnn.lstm(x, length, *map(tf.convert_to_tensor, weights))
+                for x, *weights in zip(directions, self.kernels, self.recurrent_kernels, self.biases, strict=True)
+            ]
+            return self._joined(hidden[0], hidden[1], length)
         projected = [
             self._project(x, kernel, bias)
             for x, kernel, bias in zip(directions, self.kernels, self.biases, strict=True)
         ]
         recurrent_kernel = tf.stack([tf.convert_to_tensor(kernel) for kernel in self.recurrent_kernels])
         hidden = lstm(tf.stack(projected, axis=1), recurrent_kernel, training)
-        both = tf.concat([hidden[:, 0], self._reversed(hidden[:, 1], length)], axis=-1)
-        return tf.transpose(both, [1, 0, 2])
+        return self._joined(hidden[:, 0], hidden[:, 1], length)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """(B, T, 2 * units)."""
@@ -173,6 +204,9 @@ class BidirectionalLSTM(keras.layers.Layer):
     def _open_forget_gates(self, shape: tuple[int, ...], dtype: Any = None) -> tf.Tensor:
         # 1 for the second of the four gates (Jozefowicz et al., 2015): what was seen is kept until training says else.
         return tf.repeat(tf.constant([0, 1, 0, 0], dtype), self.units)
+
+    def _joined(self, forward: tf.Tensor, backward: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
+        return tf.transpose(tf.concat([forward, self._reversed(backward, length)], axis=-1), [1, 0, 2])
 
     @staticmethod
     def _project(frames: tf.Tensor, kernel: Any, bias: Any) -> tf.Tensor:
@@ -229,6 +263,20 @@ def build_model(config: ModelConfig, num_classes: int, height_pixels: int, seed:
     return keras.Model(
         {"pixels": pixels, "width_pixels": width}, {"logits": logits, "shortcut_logits": shortcut}, name="htr"
     )
+
+
+def set_precision(model: keras.Model, precision: str) -> None:
+    """Sets the type that the convolutional part computes in; weights and all that follows it stay float32.
+
+    Recurrent layers, logits and the statistics of the normalisations are always float32, and so is what is saved.
+
+    Args:
+        model: of build_model.
+        precision: float32 or mixed_bfloat16.
+    """
+    for layer in model.layers:
+        if not isinstance(layer, BidirectionalLSTM) and "logits" not in layer.name:
+            layer.dtype_policy = keras.DTypePolicy(precision)
 
 
 def copy_weights(trained: keras.Model, trained_charset: Charset, model: keras.Model, charset: Charset) -> None:

@@ -34,6 +34,12 @@ class Muon(keras.optimizers.Muon):
         is_first = len(variable.shape) == 4 and variable.shape[2] == 1
         return len(variable.shape) not in (2, 4) or is_first or "logits" in variable.path
 
+    def _backend_update_step(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
+        # Keras would sum the gradients over the replicas here; they are sums already (core/distribution.py), and every
+        # replica changes its own copies.
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            self.update_step(gradient, variable, learning_rate)
+
     def zeropower_via_newtonschulz5(self, x: Any, steps: int) -> Any:
         """The matrix with the same singular vectors and singular values near one."""
         matrix = keras.ops.reshape(x, (-1, x.shape[-1]))

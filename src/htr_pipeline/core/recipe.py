@@ -36,6 +36,8 @@ class TrainingConfig:
     on_collapse: str = setting(default="warn", choices=("warn", "back", "stop"))
     plateau_steps: int = setting(default=1000, minimum=20)  # the loss may stand still before it is a collapse
     max_bad_batches: int = setting(default=10, minimum=0)  # skipped because their gradient is not finite
+    distribution: str = setting(default="none", choices=("none", "mirrored", "multi_worker"))
+    precision: str = setting(default="float32", choices=("float32", "mixed_bfloat16"))
     start_from: str | None = setting(default=None)  # folder of model.keras and charset.json, models:/ URI, starter
     start_charset: str = setting(default="union", choices=("union", "new", "fail"))
     seed: int = setting(default=1, minimum=0)

@@ -18,9 +18,10 @@ from htr_pipeline.core.batching import Batch, Line, ordered_batches, training_ba
 from htr_pipeline.core.collapse import READING_CER, CollapseMonitor, StepFigures, Verdict
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.loss import ctc_loss
+from htr_pipeline.core.distribution import Distribution, change_copies, gathered, summed
 from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.metrics import score_lines
-from htr_pipeline.core.model import FrameLength
+from htr_pipeline.core.model import FrameLength, set_precision
 from htr_pipeline.core.optimizer import Muon
 from htr_pipeline.core.recipe import TrainingConfig, learning_rate
 from htr_pipeline.core.text import Charset, required_frames
@@ -107,6 +108,7 @@ def train_network(
     config: TrainingConfig,
     checkpoints: Checkpoints,
     progress: Progress,
+    distribution: Distribution | None = None,
 ) -> TrainedNetwork:
     """Trains a network, or goes on from the checkpoint, and returns it as it was after its best epoch.
 
@@ -122,10 +124,13 @@ def train_network(
         config: the rest.
         checkpoints: where the state is kept.
         progress: is told, and may ask to stop.
+        distribution: the devices that share each batch, in whose scope the model was made; None: one device. All
+            processes need the same lines, config and checkpoint; only the chief writes.
 
     Raises:
-        UserError: no lines, a network of other classes, too many batches without a finite gradient, or a collapse that
-            config.on_collapse does not let pass.
+        UserError: no lines, a batch size that the devices cannot share, workers with other checkpoints, a network of
+            other classes, too many batches without a finite gradient, or a collapse that config.on_collapse does not
+            let pass.
     """
     if not num_training_lines or not validation_lines:
         raise UserError(
@@ -133,7 +138,9 @@ def train_network(
             f"{len(validation_lines)} validation lines. Look into the manifest's column 'split'."
         )
     tf.config.experimental.enable_op_determinism()
-    trainer = Trainer(model, charset, config)
+    distribution = distribution or Distribution()
+    rows = distribution.rows(config.batch_size)
+    trainer = Trainer(model, charset, config, distribution)
     initial = best = model.get_weights()
     state = TrainingState()
     if saved := checkpoints.load():
@@ -141,16 +148,25 @@ def train_network(
         state = TrainingState(**fields)
         trainer.set_arrays(arrays)
         best = [arrays[f"best/{index}"] for index in range(len(best))]
+    _check_same_start(state, distribution)
     monitor = CollapseMonitor(**{"plateau_steps": config.plateau_steps, **state.monitor})
 
     def save_checkpoint() -> None:
+        if not distribution.is_chief:
+            return
         state.monitor = dataclasses.asdict(monitor)
         arrays = trainer.get_arrays() | {f"best/{index}": array for index, array in enumerate(best)}
         checkpoints.save(arrays, dataclasses.asdict(state))
 
     total_steps = config.epochs * math.ceil(num_training_lines / config.batch_size)
+
+    def share_done() -> float:
+        # Clocks differ: all workers go by the one that is ahead.
+        (state.elapsed_seconds,) = distribution.largest(state.elapsed_seconds)
+        return _done(state, total_steps, config)
+
     saved_at = time.monotonic()
-    done = _done(state, total_steps, config)
+    done = share_done()
     ended_by = _end(state, done, config)
     while not ended_by:
         batches = training_batches(
@@ -162,7 +178,9 @@ def train_network(
             seed=config.seed,
             epoch=state.epoch,
             skip_batches=state.batch,
+            rows=rows,
         )
+        stop_asked = False
         clock = time.monotonic()
         for lines, batch in _prefetched(batches):
             waited = time.monotonic() - clock
@@ -186,15 +204,16 @@ def train_network(
                 _go_back(state, verdict, config, progress)
                 trainer.restart(best if state.best_cer < READING_CER else initial)
                 monitor = CollapseMonitor(config.plateau_steps)
-            done = _done(state, total_steps, config)
+            done = share_done()
             progress.step(done, _running_figures(state.sums))
             if now - saved_at >= config.checkpoint_seconds:
                 save_checkpoint()
                 saved_at = clock = time.monotonic()
                 state.elapsed_seconds += saved_at - now
-            if done >= 1.0 or progress.stop_asked():
+            stop_asked = any(distribution.largest(progress.stop_asked()))
+            if done >= 1.0 or stop_asked:
                 break
-        interrupted = done < 1.0 and progress.stop_asked()
+        interrupted = done < 1.0 and stop_asked
         if interrupted:
             # Within the epoch: a run that goes on from here ends as one that was never stopped.
             save_checkpoint()
@@ -207,7 +226,7 @@ def train_network(
             state.best_cer, state.best_epoch = score.cer, state.epoch
             best = model.get_weights()
         progress.epoch(state.history[-1], samples)
-        done = _done(state, total_steps, config)
+        done = share_done()
         if interrupted:
             ended_by = "interrupt"
         else:
@@ -215,6 +234,7 @@ def train_network(
             saved_at = time.monotonic()
             ended_by = _end(state, done, config)
     model.set_weights(best)
+    set_precision(model, "float32")
     return TrainedNetwork(model, state.history, state.best_cer, ended_by)
 
 
@@ -236,15 +256,18 @@ class Trainer:
     """The network, its optimizer and the compiled steps.
 
     Args:
-        model: its weights are changed.
+        model: its weights are changed, and it computes in config.precision from now on.
         charset: its classes.
-        config: batch size, optimizer and weight of the shortcut.
+        config: batch size, optimizer, precision and weight of the shortcut.
+        distribution: the devices that share each batch; None: one device.
 
     Raises:
         UserError: network and charset do not have the same classes.
     """
 
-    def __init__(self, model: keras.Model, charset: Charset, config: TrainingConfig) -> None:
+    def __init__(
+        self, model: keras.Model, charset: Charset, config: TrainingConfig, distribution: Distribution | None = None
+    ) -> None:
         num_classes = model.outputs[0].shape[-1]
         if num_classes != charset.num_classes:
             raise UserError(
@@ -252,33 +275,40 @@ class Trainer:
                 f"{charset.num_classes}: the blank (the last class) would stand for a character within the texts. "
                 "Build the network for this charset, or start from it with training.start_from."
             )
+        set_precision(model, config.precision)
         self.model = model
         self.charset = charset
         self.config = config
-        self.optimizer = Muon(config.learning_rate, config.weight_decay, config.gradient_clip_norm)
-        self.optimizer.build(model.trainable_variables)
+        self.distribution = distribution or Distribution()
+        with self.distribution.scope():
+            self.optimizer = Muon(config.learning_rate, config.weight_decay, config.gradient_clip_norm)
+            self.optimizer.build(model.trainable_variables)
         signature = [
             tf.TensorSpec((None, None, model.inputs[0].shape[-1]), tf.uint8),
             tf.TensorSpec((None,), tf.int32),
             tf.TensorSpec((None, None), tf.int32),
             tf.TensorSpec((None,), tf.int32),
         ]
-        self._train = tf.function(self._train_step, input_signature=signature)
-        self._evaluate = tf.function(self._evaluation_step, input_signature=signature)
+        self._train = self.distribution.compiled(self._train_step, signature)
+        self._evaluate = self.distribution.compiled(self._evaluation_step, signature)
 
     def step(self, lines: list[Line], batch: Batch, rate: float) -> StepResult:
-        """One optimizer step; where the gradient is not finite, nothing is changed."""
+        """One optimizer step; where the gradient is not finite, nothing is changed.
+
+        Args:
+            lines: all of the global batch.
+            batch: the rows of this process.
+            rate: learning rate.
+        """
         self.optimizer.learning_rate.assign(rate)
-        losses, best_classes, norm, finite, probabilities = self._train(*batch)
+        batch = self.distribution.as_wide_as_others(batch)
+        losses, best_classes, widths, norm, finite, probabilities = self._train(*batch)
         losses = np.asarray(losses)[: len(lines)]
         if not finite:
             return StepResult(None, float(norm), losses)
         best = np.asarray(best_classes)
-        length = num_frames(batch.width_pixels)
-        references = [
-            self.charset.decode(labels[:count])
-            for labels, count in zip(batch.labels[: len(lines)], batch.label_length, strict=False)
-        ]
+        length = num_frames(np.asarray(widths))
+        references = ["".join(c for c in line.text if c in self.charset) for line in lines]
         hypotheses = self._texts(best, length)[: len(lines)]
         valid = np.arange(best.shape[1]) < length[:, None]
         figures = StepFigures(
@@ -310,7 +340,8 @@ class Trainer:
         """Mean loss of a line, score, and five (reference, hypothesis) pairs."""
         total, references, hypotheses = 0.0, [], []
         for members, batch in ordered_batches(lines, self.charset, self.config.batch_size):
-            losses, best_classes = self._evaluate(*batch)
+            rows = self.distribution.rows(self.config.batch_size)
+            losses, best_classes = self._evaluate(*(array[rows] for array in batch))
             total += float(tf.reduce_sum(losses))
             lengths = num_frames(batch.width_pixels)
             references += [line.text for line in members]
@@ -335,7 +366,7 @@ class Trainer:
     def _train_step(
         self, pixels: tf.Tensor, width_pixels: tf.Tensor, labels: tf.Tensor, label_length: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
-        num_lines = tf.reduce_sum(tf.cast(width_pixels > 0, tf.float32))
+        num_lines = summed(tf.reduce_sum(tf.cast(width_pixels > 0, tf.float32)))
         # The forward pass writes them: the moving statistics of the normalisations.
         statistics = [v for v in self.model.non_trainable_variables if v.dtype == "float32"]
         before = [tf.identity(variable) for variable in statistics]
@@ -348,29 +379,34 @@ class Trainer:
             )
             main, shortcut = tf.split(losses, 2)
             objective = tf.reduce_sum(main + self.config.shortcut_weight * shortcut) / num_lines
-        gradients = tape.gradient(objective, self.model.trainable_variables)
+        gradients, objective = summed((tape.gradient(objective, self.model.trainable_variables), objective))
         norm = tf.linalg.global_norm(gradients)
         finite = tf.math.is_finite(norm) & tf.math.is_finite(objective)
 
-        def apply() -> tf.Tensor:
-            self.optimizer.apply(gradients, self.model.trainable_variables)
-            return finite
+        def change(finite: tf.Tensor, gradients: list[tf.Tensor], before: list[tf.Tensor]) -> None:
+            def apply() -> tf.Tensor:
+                self.optimizer.apply(gradients, self.model.trainable_variables)
+                return finite
 
-        def skip() -> tf.Tensor:
-            for variable, value in zip(statistics, before, strict=True):
-                variable.assign(value)
-            return finite
+            def skip() -> tf.Tensor:
+                for variable, value in zip(statistics, before, strict=True):
+                    variable.assign(value)
+                return finite
 
-        finite = tf.cond(finite, apply, skip)
+            tf.cond(finite, apply, skip)
+
+        change_copies(change, (finite, gradients, before), self.optimizer.iterations.value)
         best_classes = tf.argmax(outputs["logits"], axis=-1, output_type=tf.int32)
-        return main, best_classes, norm, finite, _are_probabilities(outputs["logits"], width_pixels)
+        width_pixels, first_frames = gathered(width_pixels), gathered(outputs["logits"][:, 0])
+        probabilities = _are_probabilities(first_frames, width_pixels)
+        return gathered(main), gathered(best_classes), width_pixels, norm, finite, probabilities
 
     def _evaluation_step(
         self, pixels: tf.Tensor, width_pixels: tf.Tensor, labels: tf.Tensor, label_length: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         logits = self.model({"pixels": pixels, "width_pixels": width_pixels}, training=False)["logits"]
         losses = self._losses(logits, width_pixels, labels, label_length)
-        return losses, tf.argmax(logits, axis=-1, output_type=tf.int32)
+        return gathered(losses), gathered(tf.argmax(logits, axis=-1, output_type=tf.int32))
 
     def _losses(
         self, logits: tf.Tensor, width_pixels: tf.Tensor, labels: tf.Tensor, label_length: tf.Tensor
@@ -387,9 +423,9 @@ class Trainer:
         return [self.charset.decode(row[mask]) for row, mask in zip(best_classes, kept, strict=True)]
 
 
-def _are_probabilities(logits: tf.Tensor, width_pixels: tf.Tensor) -> tf.Tensor:
-    """Whether the first frames of all lines are not negative and sum to 1."""
-    frames = tf.boolean_mask(logits[:, 0], width_pixels > 0)
+def _are_probabilities(first_frames: tf.Tensor, width_pixels: tf.Tensor) -> tf.Tensor:
+    """Whether the (B, K) outputs of the first frames of all lines are not negative and sum to 1."""
+    frames = tf.boolean_mask(first_frames, width_pixels > 0)
     sums_to_one = tf.reduce_all(tf.abs(tf.reduce_sum(frames, axis=-1) - 1.0) < 1e-3)
     return sums_to_one & tf.reduce_all(frames >= 0.0)
 
@@ -401,6 +437,15 @@ def _prefetched(batches: Iterator[Any]) -> Iterator[Any]:
         while (batch := pending.popleft().result()) is not None:
             pending.append(pool.submit(next, batches, None))
             yield batch
+
+
+def _check_same_start(state: TrainingState, distribution: Distribution) -> None:
+    last, first = (int(step) for step in distribution.largest(state.step, -state.step))
+    if last != -first:
+        raise UserError(
+            f"The workers of this training found different checkpoints: one of step {last}, one of step "
+            f"{-first} (0: none). Give checkpoint.path a folder that all of them share."
+        )
 
 
 def _end(state: TrainingState, done: float, config: TrainingConfig) -> str:

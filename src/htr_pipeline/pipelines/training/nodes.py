@@ -142,11 +142,16 @@ def train(
     checkpoint: CheckpointConfig,
 ) -> tuple[Any, pa.Table]:
     """Features, charset → model, history."""
+    from htr_pipeline.core.distribution import Distribution
     from htr_pipeline.core.training import train_network
 
+    distribution = Distribution(training.distribution)
+    if distribution.num_replicas > 1:
+        logger.info("Each batch of %d lines is shared by %d devices.", training.batch_size, distribution.num_replicas)
     classes = Charset.from_json(charset)
     settings = [feature_stats["data_hash"], charset, asdict(model), asdict(augmentation), asdict(training)]
-    network = build_network(model, training, classes, feature_stats)
+    with distribution.scope():
+        network = build_network(model, training, classes, feature_stats)
     if training.start_from:
         settings.append(StartingPoint.find(training.start_from).content_hash())
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
@@ -154,7 +159,7 @@ def train(
     def read_training_lines(rng: np.random.Generator) -> Iterator[Line]:
         return features.lines("train", rng)
 
-    with logging_redirect_tqdm(), _TrainingProgress() as progress:
+    with logging_redirect_tqdm(), _TrainingProgress(distribution.is_chief) as progress:
         trained = train_network(
             network,
             read_training_lines,
@@ -165,6 +170,7 @@ def train(
             config=training,
             checkpoints=FileCheckpoints(Path(checkpoint.path), fingerprint),
             progress=progress,
+            distribution=distribution,
         )
     logger.info("Best validation CER: %.2f %% (greedy); ended by: %s.", 100 * trained.best_cer, trained.ended_by)
     if trained.ended_by == "interrupt":
@@ -267,9 +273,15 @@ class _TrainingProgress:
     """A progress bar over the whole training, after each epoch a log line, and metrics and readings in MLflow.
 
     Ctrl-C ends training.
+
+    Args:
+        is_chief: of several workers only the chief logs to MLflow.
     """
 
     _stop_asked = False
+
+    def __init__(self, is_chief: bool) -> None:
+        self._is_chief = is_chief
 
     def __enter__(self) -> "_TrainingProgress":
         self._samples = _logged_samples()
@@ -324,7 +336,7 @@ class _TrainingProgress:
         )
         reference, hypothesis = samples[int(row["epoch"]) % len(samples)]
         logger.info("  %r is read as %r", reference, hypothesis)
-        if mlflow.active_run():
+        if self._is_chief and mlflow.active_run():
             figures = {k: v for k, v in row.items() if k not in ("epoch", "step", "verdict")}
             mlflow.log_metrics(figures, step=int(row["step"]))
             # A run that goes on repeats the epochs since its checkpoint.
