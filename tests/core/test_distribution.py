@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -78,24 +78,35 @@ def start(tf_config=None, **task):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=240)
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
     assert process.returncode == 0, output[-4000:]
 
 
-def start_workers(folder, **task):
+@contextmanager
+def workers(folder, **first):
+    """Two processes; the first has further settings. None is left behind."""
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0))
         second.bind(("127.0.0.1", 0))
         addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in (first, second)]
-    return [
+    processes = [
         start(
             {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}},
             kind="multi_worker",
             folder=str(folder / f"worker-{index}"),
-            **task,
+            **(first if index == 0 else {}),
         )
         for index in range(2)
     ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def results(folder):
@@ -132,19 +143,14 @@ def test_two_devices_end_with_the_weights_of_one_and_skip_the_same_batches(tmp_p
 @pytest.mark.usefixtures("_same_normalisation")
 def test_two_processes_killed_and_started_again_end_with_the_weights_of_one_device(tmp_path):
     alone = train(configured())
-    workers = start_workers(tmp_path, die_at_step=5)
-    deadline = time.monotonic() + 240
-    while all(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for worker in workers:  # the other one may wait for ever
-        worker.kill()
-        worker.communicate()
-    assert -signal.SIGKILL in {worker.returncode for worker in workers}
+    with workers(tmp_path, die_at_step=5) as (chief, _):
+        chief.communicate(timeout=240)
+        assert chief.returncode == -signal.SIGKILL
     _, state = FileCheckpoints(tmp_path / "checkpoint.npz", "test").load()
     assert 4 <= state["step"] <= 5
-    workers = start_workers(tmp_path)
-    for worker in workers:
-        finish(worker)
+    with workers(tmp_path) as started:
+        for worker in started:
+            finish(worker)
     first, second = (results(tmp_path / f"worker-{index}") for index in range(2))
     assert_like_one_device(first, alone)
     for array, other in zip(first["weights"], second["weights"], strict=True):
@@ -178,6 +184,16 @@ def test_without_a_list_of_the_machines_there_is_no_multi_worker(text, monkeypat
 def test_workers_with_other_checkpoints_are_an_error(monkeypatch):
     from htr_pipeline.core.distribution import Distribution
 
-    monkeypatch.setattr(Distribution, "largest", lambda self, *values: (7.0, 0.0))
+    monkeypatch.setattr(Distribution, "largest", lambda self, *values: values if values[0] else (7.0, 0.0))
     with pytest.raises(UserError, match=r"different checkpoints: one of step 7, one of step 0.*that all of them share"):
+        train(configured())
+
+
+def test_workers_with_other_lines_are_an_error(monkeypatch):
+    from htr_pipeline.core.distribution import Distribution
+
+    monkeypatch.setattr(Distribution, "largest", lambda self, *values: (values[0] + 1, values[1]))
+    with pytest.raises(
+        UserError, match=r"other lines, characters or settings; this one has 30 lines and 10 characters"
+    ):
         train(configured())

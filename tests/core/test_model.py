@@ -62,6 +62,13 @@ def test_the_seed_fixes_the_initial_weights():
     assert not all(np.array_equal(a, b) for a, b in zip(weights(3), weights(4), strict=True))
 
 
+def test_forget_gates_are_open_at_the_beginning(model):
+    units = model.get_layer("recurrent_1").units
+    for bias in model.get_layer("recurrent_1").biases:
+        opened = np.flatnonzero(bias)
+        assert (opened == np.arange(units, 2 * units)).all()
+
+
 def test_sizes_are_as_documented():
     parameters = {
         size: build_model(ModelConfig(size=size), 101, 48, seed=0).count_params() for size in ("XS", "S", "M", "L")

@@ -88,7 +88,7 @@ def ordered_batches(lines: Iterable[Line], charset: Charset, batch_size: int) ->
 
 def collate(lines: list[Line], charset: Charset, batch_size: int) -> Batch:
     """Pads lines to one batch of batch_size rows. Characters that the charset lacks get no label."""
-    encoded = [charset.encode("".join(c for c in line.text if c in charset)) for line in lines]
+    encoded = [charset.encode(charset.known(line.text)) for line in lines]
     width = _round_up(max(line.pixels.shape[0] for line in lines), WIDTH_MULTIPLE_PIXELS)
     num_labels = _round_up(max(max(map(len, encoded)), 1), LABEL_MULTIPLE)
     batch = Batch(

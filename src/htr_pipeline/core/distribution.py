@@ -33,7 +33,7 @@ class Distribution:
         is_chief: whether this process writes for all.
 
     Raises:
-        UserError: TF_CONFIG does not name the machines.
+        UserError: TF_CONFIG does not name the machines, or they have not equally many devices.
     """
 
     def __init__(self, kind: str = "none") -> None:
@@ -45,6 +45,11 @@ class Distribution:
         }[kind]()
         self.num_replicas = self._strategy.num_replicas_in_sync
         self.is_chief = self._worker_index == 0
+        if self.num_replicas % self._num_workers:
+            raise UserError(
+                f"training.distribution is multi_worker: {self.num_replicas} devices on {self._num_workers} machines. "
+                "Expected equally many on each; CUDA_VISIBLE_DEVICES chooses which GPUs a machine uses."
+            )
 
     def scope(self) -> AbstractContextManager:
         """Where network and optimizer must be made."""

@@ -275,7 +275,7 @@ def set_precision(model: keras.Model, precision: str) -> None:
         precision: float32 or mixed_bfloat16.
     """
     for layer in model.layers:
-        if not isinstance(layer, BidirectionalLSTM) and "logits" not in layer.name:
+        if "recurrent" not in layer.name and "logits" not in layer.name:
             layer.dtype_policy = keras.DTypePolicy(precision)
 
 

@@ -86,6 +86,10 @@ class Charset:
     def __hash__(self) -> int:
         return hash(self.characters)
 
+    def known(self, text: str) -> str:
+        """The text without the characters that the charset lacks."""
+        return "".join(character for character in text if character in self)
+
     def unknown(self, text: str) -> str:
         """Characters of the text that the charset lacks, each once, in code point order."""
         return "".join(sorted(set(text) - self._index.keys()))

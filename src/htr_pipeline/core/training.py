@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -88,7 +89,7 @@ class TrainedNetwork:
         model: the network.
         history: a row of io.manifest.HISTORY for each epoch.
         best_cer: its validation CER, greedy.
-        ended_by: epochs, clock, patience or interrupt; only the last leaves a checkpoint to go on from.
+        ended_by: epochs, clock, patience or interrupt; after the last, training may go on from the checkpoint.
     """
 
     model: keras.Model
@@ -148,7 +149,7 @@ def train_network(
         state = TrainingState(**fields)
         trainer.set_arrays(arrays)
         best = [arrays[f"best/{index}"] for index in range(len(best))]
-    _check_same_start(state, distribution)
+    _check_same_work(state, num_training_lines, charset, config, distribution)
     monitor = CollapseMonitor(**{"plateau_steps": config.plateau_steps, **state.monitor})
 
     def save_checkpoint() -> None:
@@ -160,14 +161,15 @@ def train_network(
 
     total_steps = config.epochs * math.ceil(num_training_lines / config.batch_size)
 
-    def share_done() -> float:
-        # Clocks differ: all workers go by the one that is ahead.
-        (state.elapsed_seconds,) = distribution.largest(state.elapsed_seconds)
-        return _done(state, total_steps, config)
+    def share_done() -> tuple[float, bool]:
+        """And whether training shall stop: all workers go by the clock that is ahead, and by the first Ctrl-C."""
+        state.elapsed_seconds, stop = distribution.largest(state.elapsed_seconds, progress.stop_asked())
+        return _done(state, total_steps, config), bool(stop)
 
     saved_at = time.monotonic()
-    done = share_done()
-    ended_by = _end(state, done, config)
+    done, stop_asked = share_done()
+    # An epoch under way is validated even if its last batch was the last of all.
+    ended_by = "" if state.batch else _end(state, done, config)
     while not ended_by:
         batches = training_batches(
             read_training_lines,
@@ -180,10 +182,9 @@ def train_network(
             skip_batches=state.batch,
             rows=rows,
         )
-        stop_asked = False
-        clock = time.monotonic()
+        ready = clock = time.monotonic()
         for lines, batch in _prefetched(batches):
-            waited = time.monotonic() - clock
+            waited = time.monotonic() - ready
             rate = learning_rate(done, config) * state.rate_factor
             step = trainer.step(lines, batch, rate)
             now = time.monotonic()
@@ -204,15 +205,15 @@ def train_network(
                 _go_back(state, verdict, config, progress)
                 trainer.restart(best if state.best_cer < READING_CER else initial)
                 monitor = CollapseMonitor(config.plateau_steps)
-            done = share_done()
-            progress.step(done, _running_figures(state.sums))
+            progress.step(_done(state, total_steps, config), _running_figures(state.sums))
+            done, stop_asked = share_done()
             if now - saved_at >= config.checkpoint_seconds:
                 save_checkpoint()
                 saved_at = clock = time.monotonic()
                 state.elapsed_seconds += saved_at - now
-            stop_asked = any(distribution.largest(progress.stop_asked()))
             if done >= 1.0 or stop_asked:
                 break
+            ready = time.monotonic()
         interrupted = done < 1.0 and stop_asked
         if interrupted:
             # Within the epoch: a run that goes on from here ends as one that was never stopped.
@@ -226,7 +227,7 @@ def train_network(
             state.best_cer, state.best_epoch = score.cer, state.epoch
             best = model.get_weights()
         progress.epoch(state.history[-1], samples)
-        done = share_done()
+        done, _ = share_done()
         if interrupted:
             ended_by = "interrupt"
         else:
@@ -302,13 +303,13 @@ class Trainer:
         """
         self.optimizer.learning_rate.assign(rate)
         batch = self.distribution.as_wide_as_others(batch)
-        losses, best_classes, widths, norm, finite, probabilities = self._train(*batch)
+        losses, best_classes, widths, label_length, norm, finite, probabilities = self._train(*batch)
         losses = np.asarray(losses)[: len(lines)]
         if not finite:
             return StepResult(None, float(norm), losses)
         best = np.asarray(best_classes)
         length = num_frames(np.asarray(widths))
-        references = ["".join(c for c in line.text if c in self.charset) for line in lines]
+        references = [self.charset.known(line.text) for line in lines]
         hypotheses = self._texts(best, length)[: len(lines)]
         valid = np.arange(best.shape[1]) < length[:, None]
         figures = StepFigures(
@@ -323,8 +324,8 @@ class Trainer:
             hypotheses=hypotheses,
             unfit=[
                 line.line_id
-                for line, text, frames in zip(lines, references, length, strict=False)
-                if required_frames(text) > frames
+                for line, text, count, frames in zip(lines, references, label_length, length, strict=False)
+                if max(required_frames(text), count) > frames
             ],
             probabilities=bool(probabilities),
         )
@@ -339,8 +340,8 @@ class Trainer:
     def validate(self, lines: list[Line]) -> tuple[float, Any, list[tuple[str, str]]]:
         """Mean loss of a line, score, and five (reference, hypothesis) pairs."""
         total, references, hypotheses = 0.0, [], []
+        rows = self.distribution.rows(self.config.batch_size)
         for members, batch in ordered_batches(lines, self.charset, self.config.batch_size):
-            rows = self.distribution.rows(self.config.batch_size)
             losses, best_classes = self._evaluate(*(array[rows] for array in batch))
             total += float(tf.reduce_sum(losses))
             lengths = num_frames(batch.width_pixels)
@@ -399,7 +400,7 @@ class Trainer:
         best_classes = tf.argmax(outputs["logits"], axis=-1, output_type=tf.int32)
         width_pixels, first_frames = gathered(width_pixels), gathered(outputs["logits"][:, 0])
         probabilities = _are_probabilities(first_frames, width_pixels)
-        return gathered(main), gathered(best_classes), width_pixels, norm, finite, probabilities
+        return gathered(main), gathered(best_classes), width_pixels, gathered(label_length), norm, finite, probabilities
 
     def _evaluation_step(
         self, pixels: tf.Tensor, width_pixels: tf.Tensor, labels: tf.Tensor, label_length: tf.Tensor
@@ -432,14 +433,27 @@ def _are_probabilities(first_frames: tf.Tensor, width_pixels: tf.Tensor) -> tf.T
 
 def _prefetched(batches: Iterator[Any]) -> Iterator[Any]:
     """The batches, made in a thread while the network computes."""
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         pending = deque(pool.submit(next, batches, None) for _ in range(_BATCHES_AHEAD))
         while (batch := pending.popleft().result()) is not None:
             pending.append(pool.submit(next, batches, None))
             yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _check_same_start(state: TrainingState, distribution: Distribution) -> None:
+def _check_same_work(
+    state: TrainingState, num_lines: int, charset: Charset, config: TrainingConfig, distribution: Distribution
+) -> None:
+    """Workers that do not agree on the next step would wait for each other for ever."""
+    mark = zlib.crc32(repr((num_lines, charset.characters, config)).encode())
+    last, first = distribution.largest(mark, -mark)
+    if last != -first:
+        raise UserError(
+            f"The workers of this training have other lines, characters or settings; this one has {num_lines} lines "
+            f"and {len(charset)} characters. Give all of them the same features and the same settings."
+        )
     last, first = (int(step) for step in distribution.largest(state.step, -state.step))
     if last != -first:
         raise UserError(
@@ -482,7 +496,7 @@ def _skip_bad_batch(
 
 
 def _name_unfit_lines(state: TrainingState, unfit: list[str], progress: Progress) -> None:
-    new = [line_id for line_id in unfit if line_id not in state.unfit_lines]
+    new = [line_id for line_id in unfit if line_id not in set(state.unfit_lines)] if unfit else []
     if new:
         state.unfit_lines += new
         progress.notice(

@@ -1,12 +1,15 @@
 """The newest state of a training run, in one file without pickle."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from htr_pipeline.io.atomic import replacing
+
+logger = logging.getLogger(__name__)
 
 
 class FileCheckpoints:
@@ -34,6 +37,7 @@ class FileCheckpoints:
         with np.load(self._path, allow_pickle=False) as file:
             header = json.loads(file["header"].tobytes())
             if header["fingerprint"] != self._fingerprint:
+                logger.warning("%s is of other data or settings: training begins anew and replaces it.", self._path)
                 return None
             return {name: file[name] for name in file.files if name != "header"}, header["state"]
 

@@ -5,6 +5,10 @@ from typing import Any
 
 import numba
 
+# For functions that allocate nothing: without reference counts, calls with many arrays take half the time. An option of
+# Numba's own, checked with the version in requirements.lock.
+WITHOUT_COUNTS = {"_nrt": False}
+
 
 def compiled(**options: Any) -> Callable[[Callable], Any]:
     """Decorator: compiled at the first call, without the interpreter lock, and kept on disk for the next process.

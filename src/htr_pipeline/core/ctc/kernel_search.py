@@ -13,18 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from htr_pipeline.core.ctc.compilation import compiled
+from htr_pipeline.core.ctc.compilation import WITHOUT_COUNTS, compiled
 from htr_pipeline.core.ctc.language_model import END, UNKNOWN, advance, child_of
 
 OTHER, LETTER, SPACE = 0, 1, 2
 ROUNDING = 1e-6  # far above what sums of some hundred float64 scores are off
 
 _compiled = compiled(error_model="numpy")
-_helper = compiled(error_model="numpy", _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-# Arrays come from outside: without reference counts, calls with many of them take half the time.
-_vectorised = compiled(
-    error_model="numpy", _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath={"contract"}
-)
+_of_helpers = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, **WITHOUT_COUNTS}
+_helper = compiled(**_of_helpers)
+_vectorised = compiled(**_of_helpers, fastmath={"contract"})
 
 
 # Numba's cache files hold the names of the tuples below: to rename one means to delete src's __pycache__ folders.

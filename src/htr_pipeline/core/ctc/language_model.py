@@ -26,7 +26,7 @@ from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 
-from htr_pipeline.core.ctc.compilation import compiled
+from htr_pipeline.core.ctc.compilation import WITHOUT_COUNTS, compiled
 from htr_pipeline.core.ctc.lexicon import spelling_trie
 
 UNKNOWN, START, END = 0, 1, 2
@@ -55,7 +55,7 @@ NODE = np.dtype(
 )
 
 _compiled = compiled()
-_search_helper = compiled(_nrt=False)
+_search_helper = compiled(**WITHOUT_COUNTS)
 
 File = str | os.PathLike[str] | IO[Any]
 

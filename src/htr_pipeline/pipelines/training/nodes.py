@@ -149,11 +149,11 @@ def train(
     if distribution.num_replicas > 1:
         logger.info("Each batch of %d lines is shared by %d devices.", training.batch_size, distribution.num_replicas)
     classes = Charset.from_json(charset)
+    start = StartingPoint.find(training.start_from) if training.start_from else None
     settings = [feature_stats["data_hash"], charset, asdict(model), asdict(augmentation), asdict(training)]
+    settings.append(start.content_hash() if start else None)
     with distribution.scope():
-        network = build_network(model, training, classes, feature_stats)
-    if training.start_from:
-        settings.append(StartingPoint.find(training.start_from).content_hash())
+        network = build_network(model, training, classes, feature_stats, start)
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     def read_training_lines(rng: np.random.Generator) -> Iterator[Line]:
@@ -175,16 +175,22 @@ def train(
     logger.info("Best validation CER: %.2f %% (greedy); ended by: %s.", 100 * trained.best_cer, trained.ended_by)
     if trained.ended_by == "interrupt":
         logger.warning("Training is not complete: the same command goes on where it was stopped.")
-    return trained.model, to_table(trained.history, HISTORY, {"ended_by": trained.ended_by})
+    metadata = {"ended_by": trained.ended_by, "is_chief": str(distribution.is_chief)}
+    return trained.model, to_table(trained.history, HISTORY, metadata)
 
 
-def build_network(model: ModelConfig, training: TrainingConfig, charset: Charset, feature_stats: dict[str, Any]) -> Any:
+def build_network(
+    model: ModelConfig,
+    training: TrainingConfig,
+    charset: Charset,
+    feature_stats: dict[str, Any],
+    start: StartingPoint | None,
+) -> Any:
     """The network to begin with: new, or with the weights of the one to start from. Logs its size and cost."""
     from htr_pipeline.core.model import build_model, copy_weights, multiplications
 
     network = build_model(model, charset.num_classes, feature_stats["height_pixels"], training.seed)
-    if training.start_from:
-        start = StartingPoint.find(training.start_from)
+    if start:
         trained = start.model()
         copy_weights(trained, start.charset(), network, charset)
         known, height = trained.inputs[0].shape[-1], feature_stats["height_pixels"]
@@ -253,7 +259,9 @@ def check_training_batch(
     if not lines:
         raise UserError("There are no training lines. Look into the manifest's column 'split'.")
     charset = Charset.from_json(collect_charset(features, training, checkpoint))
-    network = build_network(replace(model, column_dropout=0.0, recurrent_dropout=0.0), training, charset, feature_stats)
+    start = StartingPoint.find(training.start_from) if training.start_from else None
+    model = replace(model, column_dropout=0.0, recurrent_dropout=0.0)
+    network = build_network(model, training, charset, feature_stats, start)
     with tqdm(desc="Steps", unit="") as bar:
 
         def show(steps: int, cer: float) -> None:
@@ -265,7 +273,9 @@ def check_training_batch(
 
 def clear_checkpoint(model: Any, history: pa.Table, checkpoint: CheckpointConfig) -> None:
     """Removes the checkpoint of a complete training once model and history are on disk: the next run trains anew."""
-    if (history.schema.metadata or {}).get(b"ended_by") != b"interrupt":
+    metadata = history.schema.metadata or {}
+    # Of several workers only the chief knows that its files are written.
+    if metadata.get(b"ended_by") != b"interrupt" and metadata.get(b"is_chief") != b"False":
         Path(checkpoint.path).unlink(missing_ok=True)
 
 
