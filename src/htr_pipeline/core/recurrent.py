@@ -151,5 +151,5 @@ def _gradient(
     return done[3].stack(), done[1], done[2]
 
 
-_compiled_run = tf.function(_run, jit_compile=True, autograph=False, reduce_retracing=True)
-_compiled_gradient = tf.function(_gradient, jit_compile=True, autograph=False, reduce_retracing=True)
+_compiled_run = tf.function(_run, jit_compile=True, autograph=False)
+_compiled_gradient = tf.function(_gradient, jit_compile=True, autograph=False)
