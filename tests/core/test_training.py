@@ -231,8 +231,8 @@ def test_a_rate_times_100_is_named():
         run(config=FAST)
 
 
-def test_a_loss_worse_than_guessing_is_an_explosion():
-    with pytest.raises(UserError, match=r"The loss exploded.*Lower training\.learning_rate to a tenth"):
+def test_a_rate_that_makes_loss_or_gradient_explode_is_named():
+    with pytest.raises(UserError, match=r"(exploded|explodes).*Lower training\.learning_rate to a tenth"):
         run(config=dataclasses.replace(STOP, learning_rate=1.0))
 
 
