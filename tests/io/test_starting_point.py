@@ -51,8 +51,6 @@ def test_a_broken_charset_is_named(tmp_path, charset):
 
 @pytest.fixture
 def starter():
-    if not (STARTER_FOLDER / "model.keras").exists():
-        pytest.skip(f"there is no starter model in {STARTER_FOLDER}")
     return StartingPoint.find("starter")
 
 
