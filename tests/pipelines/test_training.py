@@ -10,6 +10,7 @@ from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
 from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset
 from htr_pipeline.io.datasets import LanguageModel
+from htr_pipeline.io.starting_point import StartingPoint
 from htr_pipeline.pipelines.training.nodes import (
     CheckpointConfig,
     build_network,
@@ -140,12 +141,12 @@ def test_a_start_from_lines_of_another_height_is_warned_of(tmp_path, caplog):
     pytest.importorskip("keras")
     stats = {"height_pixels": 32, "width_pixels": {"median": 300}}
     charset, small = Charset("ab"), ModelConfig(size="XS")
-    build_network(small, TrainingConfig(), charset, stats).save(tmp_path / "model.keras")
+    build_network(small, TrainingConfig(), charset, stats, None).save(tmp_path / "model.keras")
     (tmp_path / "charset.json").write_text(charset.to_json(), encoding="utf-8")
-    start = TrainingConfig(start_from=str(tmp_path))
-    build_network(small, start, charset, stats)
+    training, start = TrainingConfig(start_from=str(tmp_path)), StartingPoint.find(str(tmp_path))
+    build_network(small, training, charset, stats, start)
     assert "pixels high, these are" not in caplog.text
-    build_network(small, start, charset, stats | {"height_pixels": 48})
+    build_network(small, training, charset, stats | {"height_pixels": 48}, start)
     assert "was trained on lines 32 pixels high, these are 48" in caplog.text
     assert "Set features.height_pixels to 32" in caplog.text
 
