@@ -496,7 +496,10 @@ def _skip_bad_batch(
 
 
 def _name_unfit_lines(state: TrainingState, unfit: list[str], progress: Progress) -> None:
-    new = [line_id for line_id in unfit if line_id not in set(state.unfit_lines)] if unfit else []
+    if not unfit:
+        return
+    named = set(state.unfit_lines)
+    new = [line_id for line_id in unfit if line_id not in named]
     if new:
         state.unfit_lines += new
         progress.notice(
