@@ -48,6 +48,7 @@ def signature(decoding: DecodingConfig) -> ModelSignature:
             [
                 ParamSpec("decoder", DataType.string, decoding.decoder),
                 ParamSpec("beam_width", DataType.long, decoding.beam_width),
+                ParamSpec("looks", DataType.long, decoding.looks),
                 ParamSpec("alpha", DataType.double, decoding.alpha),
                 ParamSpec("beta", DataType.double, decoding.beta),
             ]
@@ -114,7 +115,7 @@ class LineReader(mlflow.pyfunc.PythonModel):
                 lines.append(Line(str(index), pixels, ""))
             except UserError as exc:
                 errors[index] = str(exc)
-        log_probs = self._network.log_probs(lines)
+        log_probs = self._network.log_probs(lines, decoding.looks)
         readings = iter(self._network.decode(log_probs, decoding, self._language_model, self._lexicon))
         rows: list[tuple[str | None, float | None, str | None]] = []
         for index in range(len(images)):

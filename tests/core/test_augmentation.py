@@ -31,5 +31,16 @@ def test_no_ink_is_lost_at_the_ends():
         assert distorted[-1].max() <= 60
 
 
+def test_elastic_distortion_moves_letters_against_each_other():
+    still = {"width_scale": 0.0, "height_scale": 0.0, "shear": 0.0, "rotation_degrees": 0.0, "waviness": 0.0}
+    plain = {**still, "stroke_probability": 0.0, "ink_gain": 0.0, "noise": 0.0}
+    assert np.array_equal(augmented(1, **plain, elastic=0.0), PIXELS)
+    moved = augmented(1, **plain, elastic=0.2)
+    assert moved.shape == PIXELS.shape
+    assert not np.array_equal(moved, PIXELS)
+    # No shift of the line as a whole brings the old picture back.
+    assert all(np.abs(np.roll(moved, shift, axis=0).astype(int) - PIXELS).max() > 40 for shift in range(-4, 5))
+
+
 def test_switched_off_nothing_changes():
     assert augmented(1, enabled=False) is PIXELS

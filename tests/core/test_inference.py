@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from htr_pipeline.core.batching import Line
 from htr_pipeline.core.calibration import Calibration
 from htr_pipeline.core.ctc.decoding import beam_search, line_confidence
 from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
+from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.recipe import DecodingConfig, ModelConfig
 from htr_pipeline.core.text import Charset
 
@@ -104,3 +106,18 @@ def test_lines_without_frames_or_without_text_are_read_as_empty(model, language_
         for reading in Network(model, CHARSET).decode(lines, setting, language_model):
             assert (reading.text, reading.characters) == ("", [])
             assert 0 <= reading.confidence <= 1
+
+
+def test_three_looks_are_the_mean_of_a_line_as_it_is_and_moved_by_a_sixteenth(model):
+    network, rng = Network(model, CHARSET), np.random.default_rng(1)
+    lines = [Line(str(width), rng.integers(0, 256, (width, 32), np.uint8), "") for width in (40, 90, 61)]
+
+    def moved(line, rows):
+        taller = np.pad(line.pixels, ((0, 0), (2, 2)))
+        return line._replace(pixels=np.ascontiguousarray(taller[:, 2 - rows : 34 - rows]))
+
+    once = [network.log_probs([moved(line, rows) for line in lines]) for rows in (0, -2, 2)]
+    for index, found in enumerate(network.log_probs(lines, looks=3)):
+        mean = np.mean([log_probs[index] for log_probs in once], axis=0)
+        np.testing.assert_allclose(found, mean - np.log(np.exp(mean).sum(axis=1, keepdims=True)), atol=1e-5)
+        assert len(found) == num_frames(lines[index].pixels.shape[0])

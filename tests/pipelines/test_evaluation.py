@@ -182,9 +182,9 @@ def test_network_computes_every_line_once_and_every_decoder_reads_it(monkeypatch
 
     computed, compute = [], Network.log_probs
 
-    def counted(self, lines):
+    def counted(self, lines, looks):
         computed.extend(line.line_id for line in lines)
-        return compute(self, lines)
+        return compute(self, lines, looks)
 
     monkeypatch.setattr(Network, "log_probs", counted)
     charset = Charset(LETTERS)

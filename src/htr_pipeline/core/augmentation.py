@@ -18,6 +18,7 @@ class AugmentationConfig:
     shear: float = setting(default=0.25, minimum=0.0, maximum=1.0)  # horizontal shift per unit of height
     rotation_degrees: float = setting(default=0.8, minimum=0.0, maximum=5.0)
     waviness: float = setting(default=0.04, minimum=0.0, maximum=0.2)  # of vertical waves, share of the height
+    elastic: float = setting(default=0.06, minimum=0.0, maximum=0.2)  # local shifts, share of the height
     stroke_probability: float = setting(default=0.3, minimum=0.0, maximum=1.0)  # strokes made thicker or thinner
     ink_gain: float = setting(default=0.3, minimum=0.0, maximum=0.9)  # ink as faint as 70 %
     noise: float = setting(default=0.04, minimum=0.0, maximum=0.5)  # standard deviation, share of full scale
@@ -44,13 +45,16 @@ def augment_line(pixels: np.ndarray, rng: np.random.Generator, config: Augmentat
         operation = cv2.dilate if rng.random() < 0.5 else cv2.erode
         changed = operation(image, _STROKE_KERNELS[rng.integers(len(_STROKE_KERNELS))])
         image = cv2.addWeighted(image, 0.4, changed, 0.6, 0.0)
-    values = image.astype(np.float32) * rng.uniform(1.0 - config.ink_gain, 1.0)
+    values = image * np.float32(rng.uniform(1.0 - config.ink_gain, 1.0))
     if config.noise > 0:
-        deviation = rng.uniform(0.0, config.noise) * 255.0
-        values += rng.standard_normal(values.shape, dtype=np.float32) * deviation
-    return np.ascontiguousarray(np.clip(values, 0, 255).astype(np.uint8).T)
+        start = rng.integers(max(_NOISE.size - values.size, 1))
+        noise = np.resize(_NOISE[start : start + values.size], values.shape)
+        values += noise * np.float32(rng.uniform(0.0, config.noise) * 255.0)
+    return np.ascontiguousarray(np.clip(values, 0, 255, out=values).astype(np.uint8).T)
 
 
+# Drawn once: noise of its own for each line would take half the time of all distortions.
+_NOISE = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)
 _STROKE_KERNELS = (
     np.ones((2, 2), np.uint8),
     np.ones((1, 3), np.uint8),
@@ -61,7 +65,7 @@ _STROKE_KERNELS = (
 def _warp(
     image: np.ndarray, new_width: int, margin: int, shear: float, rng: np.random.Generator, config: AugmentationConfig
 ) -> np.ndarray:
-    """(height, new_width + 2 margin): scaling, offset, shear, rotation and waves in one interpolation."""
+    """(height, new_width + 2 margin): scaling, offset, shear, rotation, waves and local shifts in one."""
     height, width = image.shape
     scale_y = 1.0 - rng.uniform(0.0, config.height_scale)
     free = height * (1.0 - scale_y)
@@ -76,8 +80,15 @@ def _warp(
     x = np.arange(total_width, dtype=np.float32) - margin
     y = np.arange(height, dtype=np.float32)[:, None]
     lift = slope * (x - new_width / 2.0) + amplitude * np.sin(2.0 * math.pi * x / wavelength + phase)
-    source_y = (y - offset_y - lift[None, :].astype(np.float32)) / scale_y
-    source_x = (x[None, :] + shear * (y - height / 2.0)) * (width / new_width)
+    source_y = y - offset_y - lift[None, :].astype(np.float32)
+    source_x = x[None, :] + shear * (y - height / 2.0)
+    if config.elastic > 0:
+        cell = rng.uniform(0.25, 0.6) * height
+        shift = rng.uniform(0.0, config.elastic) * height
+        source_y += _smooth_field(height, total_width, cell, rng) * shift
+        source_x += _smooth_field(height, total_width, cell, rng) * shift
+    source_y /= scale_y
+    source_x *= width / new_width
     return cv2.remap(
         image,
         source_x.astype(np.float32),
@@ -85,3 +96,9 @@ def _warp(
         cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_CONSTANT,
     )
+
+
+def _smooth_field(height: int, width: int, cell: float, rng: np.random.Generator) -> np.ndarray:
+    """(height, width) float32 of -1 to 1, drawn at points about `cell` pixels apart, interpolated between them."""
+    points = rng.random((round(height / cell) + 2, round(width / cell) + 2), dtype=np.float32)
+    return cv2.resize(2.0 * points - 1.0, (width, height), interpolation=cv2.INTER_LINEAR)

@@ -19,6 +19,8 @@ from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.core.text import Charset
 
+# Shares of the height by which a line is moved, by the number of looks at it.
+_MOVES = {1: (0.0,), 3: (0.0, -1 / 16, 1 / 16)}
 # Of these best readings of a line, the share of the first tells how clearly a language model decided for it.
 _READINGS_COMPARED = 10
 
@@ -69,16 +71,23 @@ class Network:
         self._compute = compute
         threading.Thread(target=warm_up, daemon=True).start()  # while the network reads the first lines
 
-    def log_probs(self, lines: Sequence[Line]) -> list[np.ndarray]:
-        """(T, K) float32 natural log-probabilities of each line, T its own number of frames."""
+    def log_probs(self, lines: Sequence[Line], looks: int = 1) -> list[np.ndarray]:
+        """(T, K) float32 natural log-probabilities of each line, T its own number of frames.
+
+        Args:
+            lines: normalised.
+            looks: 1, or 3: the mean over the line as it is, a little higher and a little lower, made to sum to one.
+        """
         results: list[Any] = [None] * len(lines)
         by_width = sorted(range(len(lines)), key=lambda index: lines[index].pixels.shape[0])
         for start in range(0, len(lines), self._batch_size):
             members = by_width[start : start + self._batch_size]
             batch = collate([lines[index]._replace(text="") for index in members], self._charset, len(members))
-            computed = self._compute(batch.pixels, batch.width_pixels).numpy()
+            moves = [round(share * batch.pixels.shape[2]) for share in _MOVES[looks]]
+            computed = [self._compute(_moved(batch.pixels, rows), batch.width_pixels) for rows in moves]
+            mean = (computed[0] if looks == 1 else tf.nn.log_softmax(tf.reduce_mean(computed, axis=0))).numpy()
             for row, index in enumerate(members):
-                results[index] = computed[row, : num_frames(lines[index].pixels.shape[0])]
+                results[index] = mean[row, : num_frames(lines[index].pixels.shape[0])]
         return results
 
     def decode(
@@ -134,6 +143,16 @@ class Network:
         confidences = of_characters(best.confidences).tolist()
         characters = list(zip(text, *best.frame_spans.T.tolist(), confidences, strict=True))
         return Reading(text, float(of_line(line_confidence(best) * _share_of_first(hypotheses))), characters)
+
+
+def _moved(pixels: np.ndarray, rows: int) -> np.ndarray:
+    """(B, W, H) line images moved down by so many rows; what comes in is paper, what goes out is lost."""
+    if rows == 0:
+        return pixels
+    moved = np.zeros_like(pixels)
+    into, outof = (slice(rows, None), slice(None, -rows)) if rows > 0 else (slice(None, rows), slice(-rows, None))
+    moved[..., into] = pixels[..., outof]
+    return moved
 
 
 def _share_of_first(hypotheses: list[Hypothesis]) -> float:

@@ -66,6 +66,7 @@ class DecodingConfig:
 
     decoder: str = setting(default="beam_lm", choices=DECODERS)  # of headline, gate and served model
     beam_width: int = setting(default=20, minimum=1, maximum=10_000)  # requests set it too: a bound of memory
+    looks: int = setting(default=3, choices=(1, 3))  # 3: at the line as it is, a little higher, a little lower
     # Weight of the language model, bonus for each character. None: tuned on the validation lines.
     alpha: float | None = setting(default=None, minimum=0.0, maximum=100.0)
     beta: float | None = setting(default=None, minimum=-100.0, maximum=100.0)

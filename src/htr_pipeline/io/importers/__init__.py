@@ -270,7 +270,7 @@ def _in_threads(
 ) -> Iterator[list[dict[str, Any]]]:
     """Finished rows in the order of the parts, some at a time: all of a million as mappings would take gigabytes."""
     num_threads = min(os.cpu_count() or 1, _MAX_THREADS)
-    with ThreadPool(num_threads) as pool, tqdm(desc="Reading line images", unit="line", mininterval=0.5) as bar:
+    with ThreadPool(num_threads) as pool, tqdm(desc="Reading line images", unit="line") as bar:
         while some := list(islice(parts, _PARTS_A_THREAD * num_threads)):
             finished = list(chain.from_iterable(pool.map(finish, some)))
             bar.update(len(finished))

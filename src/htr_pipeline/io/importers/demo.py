@@ -255,7 +255,7 @@ def _render_writers(folder: Path, writers: list[_Writer], num_workers: int, prog
     """Writes the line images of all writers, each writer in one of the processes."""
     total = sum(len(writer.texts) for writer in writers)
     counts = map_jobs(functools.partial(_render_writer, folder), writers, num_workers=min(num_workers, len(writers)))
-    with tqdm(total=total, desc="Rendering demo lines", unit="line", mininterval=0.5, disable=not progress) as bar:
+    with tqdm(total=total, desc="Rendering demo lines", unit="line", disable=not progress) as bar:
         for count in counts:
             bar.update(count)
 

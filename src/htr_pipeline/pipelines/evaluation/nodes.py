@@ -68,7 +68,8 @@ def read_lines(
     lines_by_id = {row["line_id"]: row for row in columns if row["split"] in _SPLITS}
 
     tuning_lines = features.spread("validation", _TUNING_LINES)
-    computed = dict(zip((line.line_id for line in tuning_lines), network.log_probs(tuning_lines), strict=True))
+    tuning_log_probs = network.log_probs(tuning_lines, decoding.looks)
+    computed = dict(zip((line.line_id for line in tuning_lines), tuning_log_probs, strict=True))
 
     def read(lines: list[Line], setting: DecodingConfig) -> "list[Reading]":
         log_probs = [computed[line.line_id] for line in lines]
@@ -79,7 +80,7 @@ def read_lines(
     with tqdm(total=len(lines_by_id), desc="Reading", unit="line") as bar:
         for lines in _chunks(line for split in _SPLITS for line in features.lines(split)):
             new = [line for line in lines if line.line_id not in computed]
-            computed |= zip((line.line_id for line in new), network.log_probs(new), strict=True)
+            computed |= zip((line.line_id for line in new), network.log_probs(new, decoding.looks), strict=True)
             for decoder in DECODERS:
                 rows += _rows(lines_by_id, decoder, lines, read(lines, replace(tuned, decoder=decoder)))
             for line in lines:
