@@ -382,6 +382,18 @@ def test_the_gpu_environment_trains_on_a_cpu_too(project):
     assert all(np.isfinite(array).all() for array in weights(paths["model"]).values())
 
 
+def test_the_finetune_environment_starts_from_the_network_of_the_package(project):
+    small = "training.epochs=1,training.learning_rate=0.0"
+    command = [sys.executable, "-m", "kedro", "run", "--env", "finetune", "--pipeline", "training", "--params", small]
+    done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trained = weights(catalog(project)["model"])
+    starter = weights(project / "src" / "htr_pipeline" / "starter" / "model.keras")
+    names = [name for name in starter if "lstm" in name]
+    assert len(names) == 2 * 2 * 3  # layers, directions, arrays of each
+    assert all(np.array_equal(trained[name], starter[name]) for name in names)
+
+
 # --- exports ---------------------------------------------------------------------------------------------------------
 
 
