@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY = true
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench ui viz lock clean
+.PHONY: help run test lint format bench ui serve viz lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ bench: $(INSTALLED) ## benchmarks beside what else is installed
 
 ui: $(INSTALLED) ## MLflow's pages on http://127.0.0.1:5000: runs, models, reports
 	$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+
+serve: $(INSTALLED) ## the champion on http://127.0.0.1:5001/invocations: line images in, texts out (README)
+	PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=sqlite:///mlflow.db $(BIN)/mlflow models serve -m models:/htr@champion --env-manager local --host 127.0.0.1 --port 5001
 
 viz: $(INSTALLED) ## the pipelines drawn by kedro-viz on http://127.0.0.1:4141
 	$(BIN)/kedro viz run --host 127.0.0.1 --port 4141

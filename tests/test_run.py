@@ -1,17 +1,20 @@
 """The project as a user runs it: real processes on a toy data set, in a folder of their own."""
 
+import base64
 import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.request import Request, urlopen
 
 import h5py
 import nbformat
@@ -216,6 +219,58 @@ def test_champion_reads_paths_and_bytes_in_a_fresh_process_and_reports_a_broken_
     assert str(broken) in answers["path"][1]["error"]
     assert answers["beam"][0]["error"] is None
     assert answers["greedy"][0]["text"] == predictions.loc[("greedy", line["line_id"])]["hypothesis"]
+
+
+@pytest.fixture
+def server(toy):
+    """Address of a server like that of `make serve`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/htr@champion"]
+    variables = {**environment(), "MLFLOW_TRACKING_URI": f"sqlite:///{toy.project / 'mlflow.db'}"}
+    # MLflow starts uvicorn by its name.
+    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
+    process = subprocess.Popen(
+        [*command, "--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)],
+        cwd=toy.project,
+        env=variables,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            with contextlib.suppress(OSError), urlopen(f"{address}/ping", timeout=5):
+                break
+            assert process.poll() is None, "the server has ended"
+            time.sleep(0.5)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+def test_served_model_reads_images_of_requests_and_no_files_of_the_server(toy, server):
+    def ask(images, **params):
+        body = json.dumps({"dataframe_split": {"columns": ["image"], "data": [[i] for i in images]}, "params": params})
+        request = Request(f"{server}/invocations", body.encode(), {"Content-Type": "application/json"})
+        with urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read(), parse_constant=pytest.fail)["predictions"]  # NaN is no JSON
+
+    manifest = pd.read_parquet(catalog(toy.project)["manifest"])
+    predictions = pd.read_parquet(catalog(toy.project)["predictions"]).set_index(["decoder", "line_id"])
+    line = manifest[manifest["split"] == "test"].iloc[0]
+    path = toy.project / "data/01_raw/demo" / line["image_path"]
+    image = base64.b64encode(path.read_bytes()).decode()
+    good, *others = ask([image, str(path), base64.b64encode(b"no image").decode()])
+    assert good["text"] == predictions.loc[("beam_lm", line["line_id"])]["hypothesis"]
+    assert good["error"] is None
+    assert [other["text"] for other in others] == [None, None]
+    assert "the image must be the base64 text of a PNG, JPEG or TIFF file" in others[0]["error"]
+    assert "not an image in one of the formats PNG, JPEG, TIFF" in others[1]["error"]
+    (greedy,) = ask([image], decoder="greedy")
+    assert greedy["text"] == predictions.loc[("greedy", line["line_id"])]["hypothesis"]
+    assert ask([image], looks=1)[0]["error"] is None
 
 
 # --- parts of it, from what is on disk -------------------------------------------------------------------------------

@@ -269,6 +269,7 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
         "Next:",
         f"  xdg-open {place('report')}    # look at it (macOS: open)",
         "  make ui    # runs and models in MLflow, on http://127.0.0.1:5000",
-        '  .venv/bin/kedro run --params "source.path=FOLDER,source.format=auto"    # yours: pages, lines, tables',
+        "  make serve    # the model as a service",
+        '  .venv/bin/kedro run --env finetune --params "source.path=FOLDER,source.format=auto"    # your lines',
     ]
     sys.stdout.write("\n".join(lines) + "\n")

@@ -105,7 +105,9 @@ class LineReader(mlflow.pyfunc.PythonModel):
         rows = []
         for start in range(0, len(images), _CHUNK_LINES):
             rows += self._read(images[start : start + _CHUNK_LINES], decoding)
-        return pd.DataFrame(rows, columns=["text", "confidence", "error"])
+        answer = pd.DataFrame(rows, columns=["text", "confidence", "error"])
+        # pandas has NaN for what is missing, which is no JSON.
+        return answer.astype(object).where(answer.notna(), None) if _is_served() else answer
 
     def _read(self, images: list[Any], decoding: DecodingConfig) -> list[tuple[str | None, float | None, str | None]]:
         lines, errors = [], {}
@@ -127,11 +129,15 @@ class LineReader(mlflow.pyfunc.PythonModel):
         return rows
 
 
+def _is_served() -> bool:
+    """Whether this is MLflow's scoring server: the one place where input comes from strangers."""
+    return "mlflow.pyfunc.scoring_server.app" in sys.modules
+
+
 def _source(image: Any) -> Path | bytes:
     if isinstance(image, bytes | bytearray | memoryview | np.bytes_):
         return bytes(image)
-    # The scoring server is the one place where input comes from strangers.
-    if "mlflow.pyfunc.scoring_server.app" in sys.modules:
+    if _is_served():
         try:
             return base64.b64decode(image, validate=True)
         except (binascii.Error, ValueError, TypeError):

@@ -6,8 +6,8 @@ import warnings
 
 from htr_pipeline.hooks import LockHook, MlflowHook, SettingsHook
 
-# Nothing that is used here reports to anyone, TensorFlow's notes on the processor are not for users, and in a log file a
-# bar needs no line ten times a second. tqdm reads its variable when it is imported: by the pipelines, later.
+# Nothing that is used here reports to anyone, TensorFlow's notes on the processor are not for users, and in a log file
+# a bar needs no line ten times a second. tqdm reads its variable when it is imported: by the pipelines, later.
 for _name, _value in {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
