@@ -2,7 +2,7 @@
 
     python benchmarks/training.py --minutes 5                                   # the demo
     python benchmarks/training.py LINES --minutes 30 --ketos PATH/TO/ketos      # LINES: any source of `kedro run`
-    python benchmarks/training.py LINES --minutes 10 --train-lines 300 --start-from starter training.learning_rate=5e-4
+    python benchmarks/training.py LINES --minutes 10 --train-lines 300 --start-from starter training.learning_rate=2e-3
 
 What is measured is `kedro run`, in a folder of its own: import, validation, features, training until the clock of the
 budget runs out, language model, evaluation. KEY=VALUE overrides any setting; one of conf/base applies where none is

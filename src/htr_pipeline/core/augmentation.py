@@ -80,7 +80,7 @@ def _warp(
     x = np.arange(total_width, dtype=np.float32) - margin
     y = np.arange(height, dtype=np.float32)[:, None]
     lift = slope * (x - new_width / 2.0) + amplitude * np.sin(2.0 * math.pi * x / wavelength + phase)
-    source_y = y - offset_y - lift[None, :].astype(np.float32)
+    source_y = y - offset_y - lift[None, :]
     source_x = x[None, :] + shear * (y - height / 2.0)
     if config.elastic > 0:
         cell = rng.uniform(0.25, 0.6) * height
@@ -89,13 +89,7 @@ def _warp(
         source_x += _smooth_field(height, total_width, cell, rng) * shift
     source_y /= scale_y
     source_x *= width / new_width
-    return cv2.remap(
-        image,
-        source_x.astype(np.float32),
-        source_y.astype(np.float32),
-        cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_CONSTANT,
-    )
+    return cv2.remap(image, source_x, source_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
 
 
 def _smooth_field(height: int, width: int, cell: float, rng: np.random.Generator) -> np.ndarray:

@@ -19,8 +19,6 @@ from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.core.text import Charset
 
-# Shares of the height by which a line is moved, by the number of looks at it.
-_MOVES = {1: (0.0,), 3: (0.0, -1 / 16, 1 / 16)}
 # Of these best readings of a line, the share of the first tells how clearly a language model decided for it.
 _READINGS_COMPARED = 10
 
@@ -83,8 +81,7 @@ class Network:
         for start in range(0, len(lines), self._batch_size):
             members = by_width[start : start + self._batch_size]
             batch = collate([lines[index]._replace(text="") for index in members], self._charset, len(members))
-            moves = [round(share * batch.pixels.shape[2]) for share in _MOVES[looks]]
-            computed = [self._compute(_moved(batch.pixels, rows), batch.width_pixels) for rows in moves]
+            computed = [self._compute(pixels, batch.width_pixels) for pixels in _looks(batch.pixels, looks)]
             mean = (computed[0] if looks == 1 else tf.nn.log_softmax(tf.reduce_mean(computed, axis=0))).numpy()
             for row, index in enumerate(members):
                 results[index] = mean[row, : num_frames(lines[index].pixels.shape[0])]
@@ -145,14 +142,14 @@ class Network:
         return Reading(text, float(of_line(line_confidence(best) * _share_of_first(hypotheses))), characters)
 
 
-def _moved(pixels: np.ndarray, rows: int) -> np.ndarray:
-    """(B, W, H) line images moved down by so many rows; what comes in is paper, what goes out is lost."""
-    if rows == 0:
-        return pixels
-    moved = np.zeros_like(pixels)
-    into, outof = (slice(rows, None), slice(None, -rows)) if rows > 0 else (slice(None, rows), slice(-rows, None))
-    moved[..., into] = pixels[..., outof]
-    return moved
+def _looks(pixels: np.ndarray, looks: int) -> list[np.ndarray]:
+    """(B, W, H) line images as they are, and of three looks also a sixteenth of their height higher, and lower."""
+    if looks == 1:
+        return [pixels]
+    height = pixels.shape[2]
+    rows = round(height / 16)
+    on_paper = np.pad(pixels, ((0, 0), (0, 0), (rows, rows)))
+    return [pixels, on_paper[..., 2 * rows :], on_paper[..., :height]]
 
 
 def _share_of_first(hypotheses: list[Hypothesis]) -> float:
