@@ -80,7 +80,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch):
 
 
 def test_normalised_lines_are_columns_of_ink_on_zero():
-    line = normalise_line(strokes(), ImageConfig())
+    line = normalise_line(strokes(), ImageConfig(height_pixels=48))
     assert line.pixels.shape == (225, 48)
     assert line.pixels.dtype == np.uint8
     assert line.pixels.max() == 255
@@ -129,7 +129,7 @@ def test_deslanting_keeps_the_strokes_that_lean_over_the_edge():
     leaning, upright = (normalise_line(grey, ImageConfig(deslant=on)).pixels.astype(float) for on in (False, True))
     assert upright.shape[0] > leaning.shape[0]
     assert upright.sum() == pytest.approx(leaning.sum(), rel=0.02)
-    narrow = ImageConfig(deslant=True, max_width_pixels=64)
+    narrow = ImageConfig(deslant=True, height_pixels=48, max_width_pixels=64)
     assert normalise_line(grey, narrow).pixels.shape == (64, 48)
 
 
@@ -168,8 +168,8 @@ def test_signature_follows_what_changes_pixels_and_nothing_else():
 def test_images_of_any_shape_and_content_become_lines(shape, fill):
     grey = np.random.default_rng(0).integers(0, 256, shape) if fill is None else np.full(shape, fill)
     line = normalise_line(grey.astype(np.uint8), ImageConfig(deslant=True, binarise=True))
-    assert line.pixels.shape[1] == 48
-    assert 1 <= line.pixels.shape[0] <= 3072
+    assert line.pixels.shape[1] == 64
+    assert 1 <= line.pixels.shape[0] <= 4096
     assert 0 <= line.ink_share <= 1
     assert 0 <= line.contrast <= 1
 
@@ -180,7 +180,7 @@ def test_an_empty_image_is_refused():
 
 
 def test_one_pixel_is_a_line():
-    assert normalise_line(np.zeros((1, 1), np.uint8), ImageConfig()).pixels.shape == (48, 48)
+    assert normalise_line(np.zeros((1, 1), np.uint8), ImageConfig()).pixels.shape == (64, 64)
 
 
 def test_frames_are_rounded_up():

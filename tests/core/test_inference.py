@@ -52,7 +52,7 @@ def test_a_lines_confidence_is_that_of_its_characters_unless_a_language_model_de
     (reading,) = network.decode(lines, BEAM_LM, language_model)
     (hypotheses,) = beam_search(
         lines[0][None],
-        beam_width=20,
+        beam_width=BEAM_LM.beam_width,
         top_paths=10,
         characters=CHARSET.characters,
         language_model=language_model,
@@ -86,7 +86,7 @@ def test_lexicon_and_hot_words_are_those_of_beam_lm_alone(model, language_model)
     assert network.decode(lines, strict, language_model, lexicon)[0].text == "one node"
     greedy = DecodingConfig(decoder="greedy", lexicon="strict")
     assert network.decode(lines, greedy, language_model, lexicon)[0].text == "one nade"
-    hot = DecodingConfig(alpha=0.0, beta=0.0, hot_words={"node": 4.0})
+    hot = DecodingConfig(lexicon="off", alpha=0.0, beta=0.0, hot_words={"node": 4.0})
     assert network.decode(lines, hot, language_model, hot.build_lexicon([]))[0].text == "one node"
 
 

@@ -21,7 +21,7 @@ DOWNSAMPLING = 4
 MAX_IMAGE_PIXELS = 100_000_000
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
 # Raised when the same image and the same settings give other pixels than before, here or in core/cutting.py.
-_NORMALISATION_VERSION = 2
+_NORMALISATION_VERSION = 3
 _ANGLES = np.arange(-45, 50, 5)  # degrees of slant that are told apart
 _SAUVOLA_WEIGHT = 0.2  # of the local contrast in the threshold
 _SAUVOLA_RANGE = 0.5  # largest standard deviation of brightness from 0 to 1
@@ -33,8 +33,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 class ImageConfig:
     """How a line image becomes the network's input."""
 
-    height_pixels: int = setting(default=48, minimum=16, maximum=256)
-    max_width_pixels: int = setting(default=3072, minimum=64, maximum=16384)  # wider lines are squeezed to it
+    height_pixels: int = setting(default=64, minimum=16, maximum=256)
+    max_width_pixels: int = setting(default=4096, minimum=64, maximum=16384)  # wider lines are squeezed to it
     even_paper: bool = setting(default=True)  # divide the paper's shading out
     find_polarity: bool = setting(default=True)  # turn light ink on dark paper round
     stretch_contrast: bool = setting(default=True)  # darkest ink of every line at full scale
@@ -219,7 +219,7 @@ def normalise_line(grey: np.ndarray, config: ImageConfig) -> NormalisedLine:
 
 def _is_light_on_dark(grey: np.ndarray) -> bool:
     low, middle, high = _percentiles(grey, 1, 50, 99)
-    return middle - low < high - middle
+    return middle - low + 8 < high - middle  # of blank paper, grain alone decides which of the two is larger
 
 
 def _percentiles(values: np.ndarray, *shares: int) -> list[int]:

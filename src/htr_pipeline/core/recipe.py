@@ -65,14 +65,14 @@ class DecodingConfig:
     """How network outputs become text; language model, lexicon and hot words are those of beam_lm."""
 
     decoder: str = setting(default="beam_lm", choices=DECODERS)  # of headline, gate and served model
-    beam_width: int = setting(default=20, minimum=1, maximum=10_000)  # requests set it too: a bound of memory
+    beam_width: int = setting(default=50, minimum=1, maximum=10_000)  # requests set it too: a bound of memory
     looks: int = setting(default=3, choices=(1, 3))  # 3: at the line as it is, a little higher, a little lower
     # Weight of the language model, bonus for each character. None: tuned on the validation lines.
     alpha: float | None = setting(default=None, minimum=0.0, maximum=100.0)
     beta: float | None = setting(default=None, minimum=-100.0, maximum=100.0)
-    lexicon: str | bool = setting(default="off", choices=("off", False, "strict", "open"))  # YAML reads off as False
+    lexicon: str | bool = setting(default="open", choices=("off", False, "strict", "open"))  # YAML reads off as False
     lexicon_words: str | None = setting(default=None)  # file of words; None: those of the language model's texts
-    unknown_word_price: float = setting(default=4.0, minimum=0.0)  # nats, of an open lexicon
+    unknown_word_price: float = setting(default=3.0, minimum=0.0)  # nats, of an open lexicon
     hot_words: dict[str, float] = setting(default={})  # nats that each occurrence gains
 
     def __post_init__(self) -> None:

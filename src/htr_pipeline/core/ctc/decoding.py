@@ -197,12 +197,14 @@ def beam_search(
 def warm_up() -> None:
     """Compiles beam_search, or reads it from the cache of an earlier run, so that the first line need not wait for it.
 
-    First without a language model, then with one of characters. Runs beside the loading of data as
+    First without a language model, then with one of characters and an open lexicon. Runs beside the loading of data as
     Thread(target=warm_up, daemon=True).start().
     """
     nothing = np.zeros((1, 1, 1))
     beam_search(nothing)
-    beam_search(nothing, characters="", language_model=CharacterNGram.train([""], 1))
+    beam_search(
+        nothing, characters="", language_model=CharacterNGram.train([""], 1), lexicon=Lexicon(unknown_price=1.0)
+    )
 
 
 def _impossible_line(is_space: np.ndarray | None) -> Hypothesis:
