@@ -21,7 +21,7 @@ class ModelConfig:
 class TrainingConfig:
     """How long and how the network is trained."""
 
-    epochs: int = setting(default=14, minimum=1)
+    epochs: int = setting(default=10, minimum=1)
     max_minutes: float | None = setting(default=None, minimum=0.01)  # null: epochs alone end it
     batch_size: int = setting(default=16, minimum=1)
     learning_rate: float = setting(default=6e-3, minimum=0.0, maximum=1.0)  # at its peak
