@@ -141,6 +141,13 @@ def test_binarised_lines_are_ink_or_paper_where_the_grey_line_is_dark_or_light()
     assert np.all(binary[grey < 20] == 0)
 
 
+@pytest.mark.parametrize("deviation", [1, 3, 8])
+def test_blank_paper_is_not_turned_round(deviation):
+    for seed in range(10):
+        grain = np.random.default_rng(seed).normal(230, deviation, (64, 300)).clip(0, 255).astype(np.uint8)
+        assert normalise_line(grain, ImageConfig()).contrast < 0.25
+
+
 def test_binarised_blank_paper_has_no_ink():
     grain = np.random.default_rng(0).normal(230, 3, (64, 300)).astype(np.uint8)
     assert normalise_line(grain, ImageConfig(binarise=True)).ink_share < 0.02
