@@ -9,9 +9,9 @@ budget runs out, language model, evaluation. KEY=VALUE overrides any setting; on
 given, conf/local is left out. The processor time is that of `kedro run --pipeline training` from its start to its end.
 
 kraken lives in an environment of its own (`pip install torch==2.13.0 kraken`). It is trained twice on the same lines
-and splits: with its defaults, and as a network of our size, in batches and with augmentation. A training is killed when
-it has used as much processor time as ours; its checkpoint with the best validation figure reads the test lines, and its
-readings are scored as ours are. Lines of pages are given to it cut out, as ours are.
+and splits, which `ketos compile` has stored for it: with its defaults, and as a network of our size, in batches. A
+training is killed when it has used as much processor time as ours; its checkpoint with the best validation figure reads
+the test lines, and its readings are scored as ours are. Lines of pages are given to it cut out, as ours are.
 """
 
 import argparse
@@ -45,7 +45,7 @@ SMALL_NETWORK = (
 )
 KRAKEN = {
     "kraken, its defaults": [],
-    "kraken, small": ["-s", SMALL_NETWORK, "-B", "16", "--augment", "-q", "fixed", "-N", str(EPOCHS)],
+    "kraken, small": ["-s", SMALL_NETWORK, "-B", "16", "-q", "fixed", "-N", str(EPOCHS)],
 }
 
 
@@ -187,7 +187,11 @@ def read_with_kraken(ketos, options, lines, seed, test, folder, processor_second
     # In one process, since the limit of processor time is one of processes. On one thread, its default: on a busy
     # machine, two spent most of their processor time waiting for each other.
     train = [ketos, "-d", "cpu", "-s", str(seed), "--workers", "0", "train"]
-    data = ["-f", "path", "-t", str(lines / "train.txt"), "-e", str(lines / "validation.txt")]
+    for split in ("train", "validation"):
+        stored = folder / f"{split}.arrow"
+        run([ketos, "compile", "-f", "path", "-F", str(lines / f"{split}.txt"), "-o", str(stored)], folder)
+        (folder / f"{split}.txt").write_text(str(stored), encoding="utf-8")
+    data = ["-f", "binary", "-t", "train.txt", "-e", "validation.txt"]
     used = run([*train, *data, "-o", "checkpoints", *options], folder, processor_seconds)
     checkpoints = {}
     for path in (folder / "checkpoints").glob("checkpoint_*-*.ckpt"):

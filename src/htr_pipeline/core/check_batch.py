@@ -8,6 +8,7 @@ import keras
 
 from htr_pipeline.core.batching import Line, collate
 from htr_pipeline.core.collapse import CollapseMonitor
+from htr_pipeline.core.model import FusedBatchNorm
 from htr_pipeline.core.recipe import TrainingConfig
 from htr_pipeline.core.text import Charset
 from htr_pipeline.core.training import Trainer
@@ -15,6 +16,8 @@ from htr_pipeline.core.training import Trainer
 # By heart: nearly every character, in the mode of training and in that of reading.
 _LEARNT_CER = 0.05
 _WARMUP_STEPS = 20
+# The batch is all there is, so its moments need no long mean: reading follows training at once.
+_MOMENTUM = 0.5
 # A batch is learnt in 100 to 300 steps: a loss that stands still for this long will not fall.
 _PLATEAU_STEPS = 400
 
@@ -50,6 +53,9 @@ def check_batch(
     """
     if unknown := {line.line_id: charset.unknown(line.text) for line in lines if charset.unknown(line.text)}:
         return BatchCheck(False, f"The charset lacks characters of the texts: {unknown}.")
+    for layer in model.layers:
+        if isinstance(layer, FusedBatchNorm):
+            layer.momentum = _MOMENTUM
     trainer = Trainer(model, charset, config)
     batch = collate(lines, charset, len(lines))
     characters = sum(len(line.text) for line in lines)
