@@ -1,6 +1,6 @@
 import numpy as np
 
-from htr_pipeline.core.augmentation import AugmentationConfig, augment_line
+from htr_pipeline.core.augmentation import AugmentationConfig, augment_line, augmented_width
 from htr_pipeline.core.image import ImageConfig, normalise_line
 from tests.core.test_image import strokes
 
@@ -24,6 +24,13 @@ def test_height_stays_and_width_within_its_bounds():
     assert widths.max() <= 1.16
 
 
+def test_the_width_is_known_beforehand():
+    for seed in range(20):
+        config = AugmentationConfig(enabled=seed % 4 > 0)
+        width = augmented_width(*PIXELS.shape, np.random.default_rng(seed), config)
+        assert width == augment_line(PIXELS, np.random.default_rng(seed), config).shape[0]
+
+
 def test_no_ink_is_lost_at_the_ends():
     for seed in range(20):
         distorted = augmented(seed, stroke_probability=0.0, noise=0.0, ink_gain=0.0, waviness=0.0, rotation_degrees=0.0)
@@ -44,3 +51,12 @@ def test_elastic_distortion_moves_letters_against_each_other():
 
 def test_switched_off_nothing_changes():
     assert augmented(1, enabled=False) is PIXELS
+
+
+def test_in_the_last_fifth_of_training_all_distortions_are_weaker():
+    config = AugmentationConfig(shear=0.2, final_strength=0.5)
+    assert config.at(0.79) == config
+    late = config.at(0.8)
+    assert (late.shear, late.noise, late.enabled) == (0.1, 0.02, True)
+    still = AugmentationConfig(final_strength=0.0).at(1.0)
+    assert np.array_equal(augment_line(PIXELS, np.random.default_rng(1), still), PIXELS)

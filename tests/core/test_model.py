@@ -8,7 +8,14 @@ from htr_pipeline.core.text import Charset
 
 keras = pytest.importorskip("keras")
 
-from htr_pipeline.core.model import FusedBatchNorm, build_model, copy_weights, multiplications, set_precision  # noqa: E402  after TensorFlow is known to be there
+from htr_pipeline.core.model import (  # noqa: E402  after TensorFlow is known to be there
+    FusedBatchNorm,
+    build_model,
+    chosen_precision,
+    copy_weights,
+    multiplications,
+    set_precision,
+)
 
 NUM_CLASSES = 11
 
@@ -130,6 +137,17 @@ def test_in_mixed_precision_only_the_convolutional_part_is_bfloat16():
         assert 0 < np.abs(mixed[name] - logits).max() < 0.03 * np.abs(logits).max()
     assert all(x.dtype == "float32" for x in model(lines, training=True).values())
     assert {weight.dtype for weight in model.trainable_variables} == {"float32"}
+
+
+@pytest.mark.parametrize(("features", "expected"), [({"avx512bf16": True}, "mixed_bfloat16"), ({}, "float32")])
+def test_bfloat16_is_chosen_where_the_processor_has_it(monkeypatch, features, expected):
+    import llvmlite.binding
+
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: features)
+    assert chosen_precision("auto") == expected
+    assert chosen_precision("float32") == "float32"
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
+    assert chosen_precision("auto") == "float32", "TensorFlow's own kernels have no such instructions"
 
 
 def test_the_normalisation_of_several_replicas_is_the_fused_one():

@@ -157,6 +157,17 @@ def test_digits_are_learnt():
     assert learnt.history[-1]["train_loss"] < 0.5 * learnt.history[0]["train_loss"]
 
 
+def test_distortions_are_weaker_in_the_last_fifth():
+    def losses(final_strength):
+        config = dataclasses.replace(CONFIG, epochs=5)
+        trained = run(lines=8, config=config, augmentation=AugmentationConfig(final_strength=final_strength))
+        return [row["train_loss"] for row in trained.history]
+
+    strong, weak = losses(1.0), losses(0.0)
+    assert strong[:4] == weak[:4]
+    assert strong[4] != weak[4]
+
+
 def test_the_clock_can_end_training():
     ended = run(config=dataclasses.replace(CONFIG, epochs=10_000, max_minutes=0.05))
     assert 1 <= len(ended.history) < 10_000

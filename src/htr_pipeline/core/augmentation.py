@@ -1,5 +1,6 @@
 """Random distortions of normalised line images, as a writer or a scanner might have made them."""
 
+import dataclasses
 import math
 
 import cv2
@@ -22,6 +23,21 @@ class AugmentationConfig:
     stroke_probability: float = setting(default=0.3, minimum=0.0, maximum=1.0)  # strokes made thicker or thinner
     ink_gain: float = setting(default=0.3, minimum=0.0, maximum=0.9)  # ink as faint as 70 %
     noise: float = setting(default=0.04, minimum=0.0, maximum=0.5)  # standard deviation, share of full scale
+    final_strength: float = setting(default=0.3, minimum=0.0, maximum=1.0)  # of all of these, in the last fifth
+
+    def at(self, done: float) -> "AugmentationConfig":
+        """Towards the end of training lines are distorted less, so that they look as those do that will be read.
+
+        Args:
+            done: share of the whole training, 0 to 1.
+        """
+        if done < _FINAL_FROM:
+            return self
+        names = {field.name for field in dataclasses.fields(self)} - {"enabled", "final_strength"}
+        return dataclasses.replace(self, **{name: getattr(self, name) * self.final_strength for name in names})
+
+
+_FINAL_FROM = 0.8
 
 
 def augment_line(pixels: np.ndarray, rng: np.random.Generator, config: AugmentationConfig) -> np.ndarray:
@@ -34,13 +50,9 @@ def augment_line(pixels: np.ndarray, rng: np.random.Generator, config: Augmentat
     """
     if not config.enabled:
         return pixels
-    image = pixels.T
-    height, width = image.shape
-    new_width = max(int(width * (1.0 + rng.uniform(-config.width_scale, config.width_scale))), 1)
-    # Shear and rotation push ink past the sides: room is made for it so that no letter is cut.
-    shear = rng.uniform(-config.shear, config.shear)
-    margin = math.ceil(abs(shear) * height / 2.0)
-    image = _warp(image, new_width, margin, shear, rng, config)
+    width, height = pixels.shape
+    new_width, margin, shear = _draw_size(width, height, rng, config)
+    image = _warp(pixels.T, new_width, margin, shear, rng, config)
     if rng.random() < config.stroke_probability:
         operation = cv2.dilate if rng.random() < 0.5 else cv2.erode
         changed = operation(image, _STROKE_KERNELS[rng.integers(len(_STROKE_KERNELS))])
@@ -51,6 +63,21 @@ def augment_line(pixels: np.ndarray, rng: np.random.Generator, config: Augmentat
         noise = np.resize(_NOISE[start : start + values.size], values.shape)
         values += noise * np.float32(rng.uniform(0.0, config.noise) * 255.0)
     return np.ascontiguousarray(np.clip(values, 0, 255, out=values).astype(np.uint8).T)
+
+
+def augmented_width(width: int, height: int, rng: np.random.Generator, config: AugmentationConfig) -> int:
+    """The width in pixels that augment_line gives a line of that size, with a generator in the same state."""
+    if not config.enabled:
+        return width
+    new_width, margin, _ = _draw_size(width, height, rng, config)
+    return new_width + 2 * margin
+
+
+def _draw_size(width: int, height: int, rng: np.random.Generator, config: AugmentationConfig) -> tuple[int, int, float]:
+    """Width and shear of the ink, and the margin on both sides that keeps sheared letters from being cut."""
+    new_width = max(int(width * (1.0 + rng.uniform(-config.width_scale, config.width_scale))), 1)
+    shear = rng.uniform(-config.shear, config.shear)
+    return new_width, math.ceil(abs(shear) * height / 2.0), shear
 
 
 # Drawn once: noise of its own for each line would take half the time of all distortions.

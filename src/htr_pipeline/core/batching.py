@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from htr_pipeline.core.augmentation import AugmentationConfig, augment_line
+from htr_pipeline.core.augmentation import AugmentationConfig, augment_line, augmented_width
 from htr_pipeline.core.image import DOWNSAMPLING
 from htr_pipeline.core.text import Charset, required_frames
 
@@ -66,7 +66,12 @@ def training_batches(
     """
     num_rows = len(range(batch_size)[rows])
     rng = np.random.default_rng([seed, epoch])
-    for index, lines in enumerate(_similar_widths(read_lines(rng), batch_size, buffer_lines, rng)):
+
+    def new_width(line: Line) -> int:
+        width, height = line.pixels.shape
+        return augmented_width(width, height, _generator(line, seed, epoch), augmentation)
+
+    for index, lines in enumerate(_similar_widths(read_lines(rng), new_width, batch_size, buffer_lines, rng)):
         if index >= skip_batches:
             augmented = [_augmented(line, augmentation, seed, epoch) for line in lines[rows]]
             # The lines of the last batch may all be other processes': one without frames stands for none.
@@ -105,24 +110,31 @@ def collate(lines: list[Line], charset: Charset, batch_size: int) -> Batch:
     return batch
 
 
+def _generator(line: Line, seed: int, epoch: int) -> np.random.Generator:
+    """Of a line's distortion: seeded by the line itself, so that it does not depend on the batch."""
+    return np.random.default_rng([seed, epoch, zlib.crc32(line.line_id.encode())])
+
+
 def _augmented(line: Line, config: AugmentationConfig, seed: int, epoch: int) -> Line:
-    # Seeded by the line itself, so that its distortion does not depend on which batch it came into.
-    rng = np.random.default_rng([seed, epoch, zlib.crc32(line.line_id.encode())])
-    pixels = augment_line(line.pixels, rng, config)
+    pixels = augment_line(line.pixels, _generator(line, seed, epoch), config)
     too_narrow = pixels.shape[0] < DOWNSAMPLING * required_frames(line.text)
     return line if too_narrow else line._replace(pixels=pixels)
 
 
 def _similar_widths(
-    lines: Iterable[Line], batch_size: int, buffer_lines: int, rng: np.random.Generator
+    lines: Iterable[Line],
+    new_width: Callable[[Line], int],
+    batch_size: int,
+    buffer_lines: int,
+    rng: np.random.Generator,
 ) -> Iterator[list[Line]]:
-    """Groups of batch_size lines of similar width; only the very last group is smaller."""
+    """Groups of batch_size lines of similar new width; only the very last group is smaller."""
     buffer: list[Line] = []
 
     def groups(last: bool) -> Iterator[list[Line]]:
         nonlocal buffer
-        # A little noise in the sort key: the same lines do not meet in every epoch.
-        key = np.array([line.pixels.shape[0] for line in buffer]) * rng.uniform(0.9, 1.1, len(buffer))
+        # A little noise in the sort key: the same lines do not meet in every epoch, also without augmentation.
+        key = np.array([new_width(line) for line in buffer]) * rng.uniform(0.98, 1.02, len(buffer))
         whole = len(buffer) if last else len(buffer) - len(buffer) % batch_size
         chosen = rng.permutation(len(buffer))
         kept, rest = chosen[:whole], chosen[whole:]

@@ -4,10 +4,12 @@ Source: Retsinas et al., Best practices for a handwritten text recognition syste
 kept, maximum over the rows instead of concatenating them, an auxiliary CTC head straight on the convolutions.
 """
 
+import os
 from itertools import zip_longest
 from typing import Any
 
 import keras
+import llvmlite.binding
 import tensorflow as tf
 
 from htr_pipeline.core import cudnn
@@ -263,6 +265,24 @@ def build_model(config: ModelConfig, num_classes: int, height_pixels: int, seed:
     return keras.Model(
         {"pixels": pixels, "width_pixels": width}, {"logits": logits, "shortcut_logits": shortcut}, name="htr"
     )
+
+
+def chosen_precision(precision: str) -> str:
+    """What the convolutional part trains in on this machine.
+
+    Args:
+        precision: float32, mixed_bfloat16, or auto: the latter where all GPUs, or without one the processor, compute
+            in bfloat16 by instructions of their own; elsewhere it would take many times as long.
+    """
+    if precision != "auto":
+        return precision
+    if gpus := tf.config.list_physical_devices("GPU"):
+        capabilities = [tf.config.experimental.get_device_details(gpu).get("compute_capability") for gpu in gpus]
+        is_fast = all(capability and capability >= (8, 0) for capability in capabilities)
+    else:
+        uses_onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
+        is_fast = uses_onednn and llvmlite.binding.get_host_cpu_features().get("avx512bf16", False)
+    return "mixed_bfloat16" if is_fast else "float32"
 
 
 def set_precision(model: keras.Model, precision: str) -> None:

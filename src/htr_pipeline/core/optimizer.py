@@ -7,7 +7,7 @@ import keras
 
 
 class Muon(keras.optimizers.Muon):
-    """Keras' Muon, with the kernels of convolutions taken as matrices of (rows x columns x inputs, outputs).
+    """Keras' Muon; kernels of convolutions are matrices of (rows x columns x inputs, outputs), gates one matrix each.
 
     Offsets, normalisation, the first convolution (a matrix of nine rows) and the layers of logits are left to AdamW.
 
@@ -40,11 +40,13 @@ class Muon(keras.optimizers.Muon):
         for gradient, variable in zip(grads, trainable_variables, strict=True):
             self.update_step(gradient, variable, learning_rate)
 
-    def zeropower_via_newtonschulz5(self, x: Any, steps: int) -> Any:
-        """The matrix with the same singular vectors and singular values near one."""
-        matrix = keras.ops.reshape(x, (-1, x.shape[-1]))
-        return keras.ops.reshape(super().zeropower_via_newtonschulz5(matrix, steps), x.shape)
-
-    def lr_adjust(self, x: Any) -> Any:
-        """The update at the root mean square of AdamW's."""
-        return x * (math.sqrt(max(math.prod(x.shape[:-1]), x.shape[-1])) * self.rms_rate)
+    def _muon_update_step(self, gradient: Any, variable: Any, rate: Any, momentum: Any) -> None:
+        momentum.assign(self.momentum * momentum + gradient)
+        direction = gradient + self.momentum * momentum
+        gates = 4 if "recurrent" in variable.path else 1
+        matrices = keras.ops.stack(keras.ops.split(keras.ops.reshape(direction, (-1, direction.shape[-1])), gates, -1))
+        updates = self.zeropower_via_newtonschulz5(matrices, self.ns_steps)
+        update = keras.ops.concatenate(keras.ops.unstack(updates), axis=-1)
+        # Singular values near one, brought to the root mean square of AdamW's update.
+        scale = self.rms_rate * math.sqrt(max(matrices.shape[1:]))
+        variable.assign(variable - rate * scale * keras.ops.reshape(update, variable.shape))

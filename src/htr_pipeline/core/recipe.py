@@ -26,7 +26,7 @@ class TrainingConfig:
     batch_size: int = setting(default=16, minimum=1)
     learning_rate: float = setting(default=6e-3, minimum=0.0, maximum=1.0)  # at its peak
     warmup_share: float = setting(default=0.02, minimum=0.0, maximum=0.5)  # of the whole training
-    weight_decay: float = setting(default=0.02, minimum=0.0)
+    weight_decay: float = setting(default=0.1, minimum=0.0)
     gradient_clip_norm: float = setting(default=5.0, minimum=0.0)
     shortcut_weight: float = setting(default=0.1, minimum=0.0, maximum=1.0)
     buffer_lines: int = setting(default=4096, minimum=1)
@@ -37,7 +37,7 @@ class TrainingConfig:
     plateau_steps: int = setting(default=1000, minimum=20)  # the loss may stand still before it is a collapse
     max_bad_batches: int = setting(default=10, minimum=0)  # skipped because their gradient is not finite
     distribution: str = setting(default="none", choices=("none", "mirrored", "multi_worker"))
-    precision: str = setting(default="float32", choices=("float32", "mixed_bfloat16"))
+    precision: str = setting(default="auto", choices=("auto", "float32", "mixed_bfloat16"))
     start_from: str | None = setting(default=None)  # folder of model.keras and charset.json, models:/ URI, starter
     start_charset: str = setting(default="union", choices=("union", "new", "fail"))
     seed: int = setting(default=1, minimum=0)

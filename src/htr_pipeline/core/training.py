@@ -22,7 +22,7 @@ from htr_pipeline.core.ctc.loss import ctc_loss
 from htr_pipeline.core.distribution import Distribution, change_copies, gathered, summed
 from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.metrics import score_lines
-from htr_pipeline.core.model import FrameLength, set_precision
+from htr_pipeline.core.model import FrameLength, chosen_precision, set_precision
 from htr_pipeline.core.optimizer import Muon
 from htr_pipeline.core.recipe import TrainingConfig, learning_rate
 from htr_pipeline.core.text import Charset, required_frames
@@ -43,6 +43,7 @@ class TrainingState:
     epoch: int = 0
     batch: int = 0  # batches of this epoch already trained on
     step: int = 0
+    epoch_began_at: float = 0.0  # share of the whole training
     elapsed_seconds: float = 0.0
     best_cer: float = math.inf
     best_epoch: int = 0  # epochs done when it was found
@@ -171,10 +172,12 @@ def train_network(
     # An epoch under way is validated even if its last batch was the last of all.
     ended_by = "" if state.batch else _end(state, done, config)
     while not ended_by:
+        if not state.batch:
+            state.epoch_began_at = done
         batches = training_batches(
             read_training_lines,
             charset,
-            augmentation,
+            augmentation.at(state.epoch_began_at),
             batch_size=config.batch_size,
             buffer_lines=config.buffer_lines,
             seed=config.seed,
@@ -276,7 +279,7 @@ class Trainer:
                 f"{charset.num_classes}: the blank (the last class) would stand for a character within the texts. "
                 "Build the network for this charset, or start from it with training.start_from."
             )
-        set_precision(model, config.precision)
+        set_precision(model, chosen_precision(config.precision))
         self.model = model
         self.charset = charset
         self.config = config

@@ -143,8 +143,11 @@ def train(
 ) -> tuple[Any, pa.Table]:
     """Features, charset → model, history."""
     from htr_pipeline.core.distribution import Distribution
+    from htr_pipeline.core.model import chosen_precision
     from htr_pipeline.core.training import train_network
 
+    precision = chosen_precision(training.precision)
+    logger.info("training.precision is %s: trains in %s.", training.precision, precision)
     distribution = Distribution(training.distribution)
     if distribution.num_replicas > 1:
         logger.info("Each batch of %d lines is shared by %d devices.", training.batch_size, distribution.num_replicas)
@@ -175,7 +178,7 @@ def train(
     logger.info("Best validation CER: %.2f %% (greedy); ended by: %s.", 100 * trained.best_cer, trained.ended_by)
     if trained.ended_by == "interrupt":
         logger.warning("Training is not complete: the same command goes on where it was stopped.")
-    metadata = {"ended_by": trained.ended_by, "is_chief": str(distribution.is_chief)}
+    metadata = {"ended_by": trained.ended_by, "is_chief": str(distribution.is_chief), "precision": precision}
     return trained.model, to_table(trained.history, HISTORY, metadata)
 
 
