@@ -65,6 +65,12 @@ def test_an_epoch_goes_on_where_it_was_left():
         assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+def test_widths_in_a_batch_are_similar():
+    found = batches(256, buffer_lines=256)
+    padding = sum(b.pixels.shape[1] * len(b.pixels) for b in found) / sum(b.width_pixels.sum() for b in found)
+    assert padding < 1.4, "the distinct widths of random batches would waste far more"
+
+
 @pytest.mark.parametrize("augmentation", [OFF, AugmentationConfig()])
 def test_widths_in_a_batch_are_similar_as_distorted(augmentation):
     found = batches(1024, buffer_lines=1024, augmentation=augmentation)
