@@ -16,11 +16,12 @@ def compiled(**options: Any) -> Callable[[Callable], Any]:
     Args:
         options: further ones of numba.njit.
     """
+    common: dict[str, Any] = {"nogil": True, "no_cfunc_wrapper": True}  # C calls none of these functions
 
     def decorate(function: Callable) -> Any:
         try:
-            return numba.njit(nogil=True, cache=True, **options)(function)
+            return numba.njit(**common, cache=True, **options)(function)
         except RuntimeError:  # neither the package nor the home folder can be written to
-            return numba.njit(nogil=True, **options)(function)
+            return numba.njit(**common, **options)(function)
 
     return decorate

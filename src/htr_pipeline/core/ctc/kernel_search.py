@@ -6,6 +6,10 @@ are logarithms in float64 throughout: there is nothing to underflow.
 
 Language parts that are not given are None. Numba compiles a function anew for each combination and leaves out what
 stands behind `is not None`, so a search pays for what it uses only, in time and in compilation.
+
+Compilation is what the first search waits for. So what every search needs compares where max and min would do, which
+Numba compiles for each combination of types, and calls are nested little, since LLVM optimises a function once more
+within each of its callers.
 """
 
 import math
@@ -20,7 +24,7 @@ OTHER, LETTER, SPACE = 0, 1, 2
 ROUNDING = 1e-6  # far above what sums of some hundred float64 scores are off
 
 _compiled = compiled(error_model="numpy")
-_of_helpers = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, **WITHOUT_COUNTS}
+_of_helpers = {"error_model": "numpy", "no_cpython_wrapper": True, **WITHOUT_COUNTS}
 _helper = compiled(**_of_helpers)
 _vectorised = compiled(**_of_helpers, fastmath={"contract"})
 
@@ -133,13 +137,15 @@ _L3, _L5, _L7, _L9, _L11, _L13, _L15, _L17, _L19, _L21, _L23, _L25, _L27, _L29, 
 def _log_add(scores, a, b, total, size):
     """Fills a row with log(exp(a) + exp(b)); without branches and calls, so that it becomes vector instructions."""
     for i in range(size):
-        high, low = max(scores[a, i], scores[b, i]), min(scores[a, i], scores[b, i])
+        first, second = scores[a, i], scores[b, i]
+        high = first if first > second else second
+        low = second if first > second else first
         difference = low - high if low > high - 40.0 else -40.0  # e^-40 is below the resolution of float64
-        power = np.floor(difference * _LOG2_E + 0.5)
-        x = (difference - power * _LN_2_HIGH) - power * _LN_2_LOW
+        halvings = np.int32(0.5 - difference * _LOG2_E)
+        x = (difference + halvings * _LN_2_HIGH) + halvings * _LN_2_LOW
         y = 1.0 + x * (1.0 + x * (_E2 + x * (_E3 + x * (_E4 + x * (_E5 + x * (_E6 + x * (_E7 + x * (
             _E8 + x * (_E9 + x * (_E10 + x * (_E11 + x * (_E12 + x * _E13))))))))))))  # fmt: skip
-        y *= _POWERS[np.int64(-power)]
+        y *= _POWERS[halvings]
         y = y if low > high - 40.0 else 0.0
         # log(1 + y) = 2 artanh(s), of which s^2 is at most 1/9.
         s = y / (2.0 + y)
@@ -198,7 +204,9 @@ def _select(trie, beam, ranking, candidate, size, width):
     first, end = 0, size
     while True:
         middle, last = (first + end) // 2, end - 1  # the pivot is the median of three
-        low, high = min(ranking[first], ranking[last]), max(ranking[first], ranking[last])
+        low, high = ranking[first], ranking[last]
+        if low > high:
+            low, high = high, low
         pivot_place = middle
         if ranking[middle] < low:
             pivot_place = first if ranking[first] == low else last
@@ -314,13 +322,13 @@ def _look_up(lexicon, entry, label):
 
 
 @_helper
-def _stay(frame, blank, width, trie, beam, size, scores, ranking, candidate):
+def _stay(frame, blank, width, weights, trie, beam, size, scores, ranking, candidate):
     """Prefixes that stay as they are, by a blank or by their last label once more: the first candidates.
 
     A prefix whose parent is in the beam too also takes over the alignments by which the parent grows into it.
 
     Returns:
-        Their number, and the score that a candidate needs at least.
+        Their number, the score that a candidate needs at least, and the highest bound of a prefix that grows.
     """
     for slot in range(size):
         beam[slot].first_child = -1
@@ -329,7 +337,7 @@ def _stay(frame, blank, width, trie, beam, size, scores, ranking, candidate):
         scores[_BLANK_SCORE, slot] = old.ctc_score + frame[blank]
         scores[_OWN, slot] = old.label_score
         scores[_INHERITED, slot] = -np.inf
-        scores[_FRAME, slot] = frame[max(old.label, 0)]  # the empty prefix has no mass that ends in a label
+        scores[_FRAME, slot] = frame[old.label]  # any for the empty prefix, label -1: no mass of it ends in a label
         parent_slot = trie[old.parent].slot if old.parent >= 0 else -1
         if parent_slot >= 0:
             parent = beam[parent_slot]
@@ -343,13 +351,16 @@ def _stay(frame, blank, width, trie, beam, size, scores, ranking, candidate):
         scores[_LABEL_SCORE, slot] += scores[_FRAME, slot]
     _log_add(scores, np.int64(_BLANK_SCORE), np.int64(_LABEL_SCORE), np.int64(_CTC_SCORE), padded)
     kept = np.int64(0)
-    needed = np.inf
+    needed, best = np.inf, -np.inf
     for slot in range(size):
+        bound = beam[slot].ctc_score + beam[slot].prior + weights.beta + weights.max_gain
+        scores[_BOUND, slot] = bound
+        best = best if best > bound else bound
         if scores[_CTC_SCORE, slot] > -np.inf:
             ranking[kept], candidate[kept] = scores[_CTC_SCORE, slot] + beam[slot].prior, _packed(slot, -1)
-            needed = min(needed, ranking[kept])
+            needed = needed if needed < ranking[kept] else ranking[kept]
             kept += 1
-    return kept, needed if kept == width else -np.inf
+    return kept, needed if kept == width else -np.inf, best
 
 
 @_helper
@@ -363,14 +374,16 @@ def _likely_labels(frame, blank, needed, labels, ceilings, passing):
         Their number.
     """
     size = np.int64(0)
-    needed = max(needed, _LOWEST)
+    needed = needed if needed > _LOWEST else _LOWEST
     highest, lowest = -np.inf, np.inf
     for label in range(len(frame)):
         passing[size] = label
         if frame[label] >= needed:
             size += label != blank
     for place in range(size):
-        highest, lowest = max(highest, frame[passing[place]]), min(lowest, frame[passing[place]])
+        log_prob = frame[passing[place]]
+        highest = log_prob if log_prob > highest else highest
+        lowest = log_prob if log_prob < lowest else lowest
     if size <= _FEW:  # insertion sort
         for place in range(size):
             label = passing[place]
@@ -379,7 +392,7 @@ def _likely_labels(frame, blank, needed, labels, ceilings, passing):
                 place -= 1
             labels[place] = label
     else:  # into buckets that are equally wide
-        per_nat = 0.999 * _NUM_BUCKETS / max(highest - lowest, 1e-9)
+        per_nat = 0.999 * _NUM_BUCKETS / (highest - lowest + 1e-9)
         for bucket in range(_NUM_BUCKETS):
             passing[len(frame) + bucket] = 0
         for place in range(size):
@@ -392,15 +405,15 @@ def _likely_labels(frame, blank, needed, labels, ceilings, passing):
             labels[passing[len(frame) + bucket]] = passing[place]
     ceiling = -np.inf
     for place in range(size - 1, -1, -1):
-        ceiling = max(ceiling, frame[labels[place]])
+        ceiling = ceiling if ceiling > frame[labels[place]] else frame[labels[place]]
         ceilings[place] = ceiling
     return size
 
 
 @_helper
 def _grow(
-    frame, blank, width, weights, characters, words, lexicon, rows, trie, beam, size, scores, labels, ceilings,
-    passing, active, ranking, candidate, kept, needed,
+    frame, width, weights, characters, words, lexicon, rows, trie, beam, size, scores, labels, ceilings, num_labels,
+    active, ranking, candidate, kept, needed,
 ):  # fmt: skip
     """Adds the prefixes that grow by a label to the candidates, and leaves the width best of them.
 
@@ -408,13 +421,6 @@ def _grow(
         Their number.
     """
     alpha, beta, max_gain, max_word_gain = weights
-    best = -np.inf
-    for slot in range(size):
-        scores[_BOUND, slot] = beam[slot].ctc_score + beam[slot].prior + beta + max_gain
-        best = max(best, scores[_BOUND, slot])
-    num_labels = _likely_labels(frame, blank, needed - best, labels, ceilings, passing)
-    if num_labels == 0:
-        return kept
     if characters is not None:
         row_state, row_log_probs, row_best, latest = rows.state, rows.log_probs, rows.best, rows.latest
         oldest, num_rows = rows.oldest, len(rows.state)
@@ -581,12 +587,13 @@ def _align(frames, blank, labels, length, states, skips, path_scores, steps, spa
     path_scores[0, 2] = 0.0  # before the first frame: as if a blank had been there
     for frame in range(num_frames):
         old, new = frame & 1, 1 - (frame & 1)
-        for state in range(max(0, num_states - 2 * (num_frames - frame)), min(num_states, 2 * frame + 2)):
+        first, end = num_states - 2 * (num_frames - frame), 2 * frame + 2
+        for state in range(first if first > 0 else 0, end if end < num_states else num_states):
             stay, move = path_scores[old, state + 2], path_scores[old, state + 1]
             skip = path_scores[old, state] + skips[state]
-            best = max(stay, move)
+            best = move if move > stay else stay
             steps[frame, state] = 2 if skip > best else move > stay
-            path_scores[new, state + 2] = max(best, skip) + frames[frame, states[state]]
+            path_scores[new, state + 2] = (skip if skip > best else best) + frames[frame, states[state]]
     last, state = num_frames & 1, num_states - 1
     if state > 0 and path_scores[last, state + 1] > path_scores[last, state + 2]:
         state -= 1
@@ -597,8 +604,11 @@ def _align(frames, blank, labels, length, states, skips, path_scores, steps, spa
         place = state // 2
         if state % 2:
             spans[place, 0] = frame
-            spans[place, 1] = max(spans[place, 1], frame + 1)
-            confidences[place] = max(confidences[place], min(1.0, math.exp(frames[frame, states[state]])))
+            if spans[place, 1] == 0:
+                spans[place, 1] = frame + 1
+            confidence = math.exp(frames[frame, states[state]])
+            if confidence > confidences[place]:
+                confidences[place] = confidence if confidence < 1.0 else 1.0
         state -= steps[frame, state]
 
 
@@ -624,11 +634,13 @@ def _search(
     size = num_nodes = np.int64(1)  # not the literal 1, for which Numba would compile the functions below once more
     for t in range(num_frames):
         frame = frames[t]
-        kept, needed = _stay(frame, blank, width, trie, beam, size, scores, ranking, candidate)
-        kept = _grow(
-            frame, blank, width, weights, characters, words, lexicon, rows, trie, beam, size, scores, classes,
-            ceilings, passing, active, ranking, candidate, kept, needed,
-        )  # fmt: skip
+        kept, needed, best = _stay(frame, blank, width, weights, trie, beam, size, scores, ranking, candidate)
+        num_labels = _likely_labels(frame, blank, needed - best, classes, ceilings, passing)
+        if num_labels > 0:
+            kept = _grow(
+                frame, width, weights, characters, words, lexicon, rows, trie, beam, size, scores, classes, ceilings,
+                num_labels, active, ranking, candidate, kept, needed,
+            )  # fmt: skip
         if _all_stay(candidate, kept, size):
             for slot in range(size):
                 beam[slot].blank_score, beam[slot].label_score = scores[_BLANK_SCORE, slot], scores[_LABEL_SCORE, slot]
@@ -641,7 +653,7 @@ def _search(
         beam, next_beam, size = next_beam, beam, kept
     size = _end(weights, characters, words, lexicon, beam, size, ranking, candidate)
 
-    num_paths = min(size, top_paths)
+    num_paths = size if size < top_paths else top_paths
     if size > num_paths:
         _select(trie, beam, ranking, candidate, size, num_paths)
     for path in range(num_paths):
@@ -687,7 +699,7 @@ def search(
     num_frames, num_classes = frames.shape
     num_states = 2 * num_frames + 1
     # NumPy allocates what it can: in compiled code each array costs a tenth of a second of compilation, but records
-    # that Python hands over cost time at every call.
+    # that Python hands over cost time in every frame.
     found = (
         np.empty(top_paths, np.int64),
         np.empty((top_paths, 4)),
