@@ -425,7 +425,7 @@ def test_run_goes_through_on_threads_and_on_processes(project, runner):
 
 
 def test_the_gpu_environment_trains_on_a_cpu_too(project):
-    small = "model.size=XS,training.epochs=1,training.batch_size=8"
+    small = "model.size=XS,training.epochs=1,training.batch_size=8,training.precision=mixed_bfloat16"
     command = [sys.executable, "-m", "kedro", "run", "--env", "gpu", "--pipeline", "training", "--params", small]
     done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
