@@ -24,6 +24,8 @@ import pytest
 import yaml
 from nbclient import NotebookClient
 
+from htr_pipeline.io.starting_point import StartingPoint
+
 ROOT = Path(__file__).parents[1]
 NO_CACHES = shutil.ignore_patterns("__pycache__")
 KEDRO = (sys.executable, "-m", "kedro", "run", "--env", "test")
@@ -190,6 +192,14 @@ answers = {
 }
 print(json.dumps({name: json.loads(answer.to_json(orient="records")) for name, answer in answers.items()}))
 """
+
+
+def test_training_can_start_from_an_alias_and_knows_its_version(toy, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{toy.project / 'mlflow.db'}")
+    start = StartingPoint.find("models:/htr@champion")
+    assert start.name == "models:/htr/1"
+    assert start.charset().to_json() == catalog(toy.project)["charset"].read_text(encoding="utf-8")
+    assert StartingPoint.find("models:/htr/1/").content_hash() == start.content_hash()
 
 
 def test_champion_reads_paths_and_bytes_in_a_fresh_process_and_reports_a_broken_image(toy, tmp_path):

@@ -85,8 +85,8 @@ class LineReader(mlflow.pyfunc.PythonModel):
         self._decoding = settings["decoding"]
         self._language_model = load_language_model(files["language_model"])
         words = files["lexicon"].read_text(encoding="utf-8").split()
-        self._lexicon = DecodingConfig(**self._decoding).build_lexicon(words)
         charset = Charset.from_json(files["charset"].read_text(encoding="utf-8"))
+        self._lexicon = DecodingConfig(**self._decoding).build_lexicon(words, charset)
         calibrations = {
             decoder: {level: Calibration(**fitted) for level, fitted in levels.items()}
             for decoder, levels in settings["calibration"].items()

@@ -82,12 +82,12 @@ def test_calibration_of_the_decoder_is_applied_to_lines_and_characters(model, la
 def test_lexicon_and_hot_words_are_those_of_beam_lm_alone(model, language_model):
     network, lines = Network(model, CHARSET), [log_probs_of("one nade", 0.55, "o")]
     strict = DecodingConfig(lexicon="strict", alpha=0.5, beta=0.5)
-    lexicon = strict.build_lexicon(["one", "node"])
+    lexicon = strict.build_lexicon(["one", "node"], CHARSET)
     assert network.decode(lines, strict, language_model, lexicon)[0].text == "one node"
     greedy = DecodingConfig(decoder="greedy", lexicon="strict")
     assert network.decode(lines, greedy, language_model, lexicon)[0].text == "one nade"
     hot = DecodingConfig(lexicon="off", alpha=0.0, beta=0.0, hot_words={"node": 4.0})
-    assert network.decode(lines, hot, language_model, hot.build_lexicon([]))[0].text == "one node"
+    assert network.decode(lines, hot, language_model, hot.build_lexicon([], CHARSET))[0].text == "one node"
 
 
 def test_word_models_read_too(model):

@@ -4,27 +4,35 @@ import pytest
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import DecodingConfig
+from htr_pipeline.core.text import Charset
+
+LETTERS = Charset.from_texts(["Paris la Verdun"])
 
 
 @pytest.mark.parametrize("off", ["off", False])  # YAML reads a bare off as False
 def test_lexicon_that_is_off_is_none_unless_there_are_hot_words(off):
-    assert DecodingConfig(lexicon=off).build_lexicon(["Paris"]) is None
-    hot = DecodingConfig(lexicon=off, hot_words={"Verdun": 3}).build_lexicon(["Paris"])
+    assert DecodingConfig(lexicon=off).build_lexicon(["Paris"], LETTERS) is None
+    hot = DecodingConfig(lexicon=off, hot_words={"Verdun": 3}).build_lexicon(["Paris"], LETTERS)
     assert hot.score("Verdun, anything") == 3.0
     assert "Paris" not in hot
 
 
 def test_strict_lexicon_forbids_and_open_lexicon_charges_for_unknown_words():
     words = ["Paris", "la"]
-    strict = DecodingConfig(lexicon="strict").build_lexicon(words)
-    charging = DecodingConfig(lexicon="open", unknown_word_price=2.5, hot_words={"la": 1.5}).build_lexicon(words)
+    strict = DecodingConfig(lexicon="strict").build_lexicon(words, LETTERS)
+    charging = DecodingConfig(lexicon="open", unknown_word_price=2.5, hot_words={"la": 1.5}).build_lexicon(
+        words, LETTERS
+    )
     assert strict.score("la (Paris)") == 0.0
     assert strict.score("la Seine") == -math.inf
     assert charging.score("la Seine") == 1.5 - 2.5
 
 
 def test_hot_words_are_normalised_as_the_texts_are():
-    assert DecodingConfig(hot_words={"cafe\u0301": 3.0}).build_lexicon([]).score("caf\u00e9") == 3.0
+    for hot_word in ("cafe\u0301", "caf\u00e9"):
+        decoding = DecodingConfig(hot_words={hot_word: 3.0})
+        assert decoding.build_lexicon([], Charset("acf\u00e9")).score("caf\u00e9") == 3.0
+        assert decoding.build_lexicon([], Charset("acef\u0301")).score("cafe\u0301") == 3.0
 
 
 @pytest.mark.parametrize(

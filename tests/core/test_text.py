@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.core.text import Charset, normalise_text, required_frames
+from htr_pipeline.core.text import UNICODE_FORMS, Charset, normalise_text, required_frames, unicode_form_of
 
 
 class TestNormaliseText:
@@ -20,11 +20,24 @@ class TestNormaliseText:
         assert normalise_text("ﬁn½") == "ﬁn½"
         assert normalise_text("ﬁn", "NFKC") == "fin"
 
-    @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+    @pytest.mark.parametrize("form", UNICODE_FORMS)
     def test_twice_is_the_same_as_once(self, form):
         once = normalise_text("  Å ﬁ  ḗ \u1e9b\u0323 ", form)
         assert normalise_text(once, form) == once
         assert unicodedata.is_normalized(form, once)
+
+
+@pytest.mark.parametrize("form", UNICODE_FORMS)
+def test_other_texts_are_brought_to_the_form_of_the_transcriptions(form):
+    text = normalise_text("ﬁn été", form)
+    charset = Charset.from_texts([text])
+    assert {charset.normalised(normalise_text("ﬁn  été", other)) for other in ("NFC", "NFD")} == {text}
+    assert unicode_form_of([text, "abc"]) == ("NFC" if form == "NFKC" else "NFD" if form == "NFKD" else form)
+
+
+def test_texts_of_no_form_at_all_are_mixed():
+    assert unicode_form_of(["é", "e\u0301"]) == "mixed"
+    assert Charset("abc").normalised(" u\u0308 ") == "ü", "the usual form where none is better"
 
 
 @pytest.mark.parametrize(("text", "frames"), [("", 0), ("a", 1), ("ab", 2), ("aa", 3), ("aaa", 5), ("all  ok", 9)])

@@ -168,9 +168,23 @@ def test_checkpoint_of_another_training_is_not_taken_up(tmp_path):
     assert FileCheckpoints(path, "one").load() is not None
 
 
-def test_cleared_checkpoint_is_gone_and_may_be_cleared_again(tmp_path):
-    checkpoints = FileCheckpoints(tmp_path / "checkpoint.npz", "one")
-    checkpoints.save({}, {})
+@pytest.mark.parametrize("name", ["checkpoint.npz", "checkpoint"])
+def test_checkpoint_is_cleared_by_its_own_training_alone(tmp_path, name):
+    checkpoints = FileCheckpoints(tmp_path / name, "one")
+    checkpoints.save({}, {"step": 1})
+    FileCheckpoints(tmp_path / name, "other").clear()
+    assert checkpoints.load() == ({}, {"step": 1})
     checkpoints.clear()
     checkpoints.clear()
     assert checkpoints.load() is None
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("num_bytes", [0, 10, 300])
+def test_damaged_checkpoint_is_named(tmp_path, num_bytes):
+    path = tmp_path / "checkpoint.npz"
+    checkpoints = FileCheckpoints(path, "one")
+    checkpoints.save({"a": np.arange(100)}, {"step": 1})
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    with pytest.raises(UserError, match=r"checkpoint\.npz: this checkpoint is damaged \(.*Remove it to train anew"):
+        checkpoints.load()

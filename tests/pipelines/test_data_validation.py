@@ -322,7 +322,8 @@ def test_check_of_the_set_can_be_a_warning(tmp_path):
     [
         ({"hight": "warn"}, r"validation\.levels\.hight: there is no such check\. Did you mean height\?"),
         ({"height": "ignore"}, r"validation\.levels\.height = 'ignore': expected one of reject, warn, stop, off"),
-        ({"missing_split": "reject"}, r"missing_split = 'reject': expected one of warn, stop, off"),
+        ({"missing_split": "reject"}, r"missing_split = 'reject': expected one of stop\."),
+        ({"writer_in_two_splits": "reject"}, r"writer_in_two_splits = 'reject': expected one of warn, stop, off"),
     ],
 )
 def test_wrong_level_is_named(levels, message):

@@ -23,7 +23,7 @@ class AugmentationConfig:
     stroke_probability: float = setting(default=0.3, minimum=0.0, maximum=1.0)  # strokes made thicker or thinner
     ink_gain: float = setting(default=0.3, minimum=0.0, maximum=0.9)  # ink as faint as 70 %
     noise: float = setting(default=0.04, minimum=0.0, maximum=0.5)  # standard deviation, share of full scale
-    final_strength: float = setting(default=0.3, minimum=0.0, maximum=1.0)  # of all of these, in the last fifth
+    final_strength: float = setting(default=0.3, minimum=0.0, maximum=1.0)  # of all these in epochs of the last fifth
 
     def at(self, done: float) -> "AugmentationConfig":
         """Towards the end of training lines are distorted less, so that they look as those do that will be read.

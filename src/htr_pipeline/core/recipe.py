@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.ctc.lexicon import Lexicon
-from htr_pipeline.core.text import normalise_text
+from htr_pipeline.core.text import Charset, normalise_text
 
 
 @config("model")
@@ -40,7 +40,7 @@ class TrainingConfig:
     precision: str = setting(default="auto", choices=("auto", "float32", "mixed_bfloat16"))
     start_from: str | None = setting(default=None)  # folder of model.keras and charset.json, models:/ URI, starter
     start_charset: str = setting(default="union", choices=("union", "new", "fail"))
-    seed: int = setting(default=1, minimum=0)
+    seed: int = setting(default=1, minimum=0, maximum=2**32 - 1)
 
 
 def learning_rate(done: float, config: TrainingConfig) -> float:
@@ -85,25 +85,26 @@ class DecodingConfig:
             if not isinstance(word, str) or isinstance(weight, bool) or not isinstance(weight, int | float):
                 raise UserError(f"decoding.hot_words has {word!r}: {weight!r}. Expected a word and a number of nats.")
         try:
-            Lexicon(hot_words=self.normalised_hot_words())
+            Lexicon(hot_words={normalise_text(word): weight for word, weight in self.hot_words.items()})
         except ValueError as exc:
             raise UserError(f"decoding.hot_words: {exc}") from None
 
-    def build_lexicon(self, words: Iterable[str]) -> Lexicon | None:
+    def build_lexicon(self, words: Iterable[str], charset: Charset) -> Lexicon | None:
         """Lexicon and hot words as beam_search takes them; None where there are neither.
 
         Args:
             words: the known words; not looked at where the lexicon is off.
+            charset: of the network.
         """
-        hot_words = self.normalised_hot_words()
+        hot_words = self.normalised_hot_words(charset)
         if self.lexicon in ("off", False):
             return Lexicon(unknown_price=0.0, hot_words=hot_words) if hot_words else None
         price = math.inf if self.lexicon == "strict" else self.unknown_word_price
         return Lexicon(words, unknown_price=price, hot_words=hot_words)
 
-    def normalised_hot_words(self) -> dict[str, float]:
-        """As the network writes them: a decomposed é would never be found."""
-        return {normalise_text(word): weight for word, weight in self.hot_words.items()}
+    def normalised_hot_words(self, charset: Charset) -> dict[str, float]:
+        """As the network writes them: a decomposed é would never be found where it writes composed ones."""
+        return {charset.normalised(word): weight for word, weight in self.hot_words.items()}
 
 
 @config("language_model")

@@ -10,6 +10,8 @@ import numpy as np
 
 from htr_pipeline.core.config import UserError
 
+UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+
 
 def normalise_text(text: str, unicode_form: str = "NFC") -> str:
     """Text as it is trained on and scored: one Unicode form, runs of white space made one blank, ends trimmed.
@@ -19,6 +21,12 @@ def normalise_text(text: str, unicode_form: str = "NFC") -> str:
         unicode_form: NFC, NFD, NFKC or NFKD.
     """
     return " ".join(unicodedata.normalize(unicode_form, text).split())  # type: ignore[arg-type]
+
+
+def unicode_form_of(texts: Sequence[str]) -> str:
+    """The first of UNICODE_FORMS that all the texts are in, or mixed."""
+    forms = (form for form in UNICODE_FORMS if all(unicodedata.is_normalized(form, text) for text in texts))  # type: ignore[arg-type]
+    return next(forms, "mixed")
 
 
 def required_frames(text: str) -> int:
@@ -85,6 +93,13 @@ class Charset:
 
     def __hash__(self) -> int:
         return hash(self.characters)
+
+    def normalised(self, text: str) -> str:
+        """The text as normalise_text makes it, in the Unicode form of which the charset lacks the fewest characters.
+
+        For texts that stand beside the transcriptions, whose form was chosen when they were imported.
+        """
+        return min((normalise_text(text, form) for form in UNICODE_FORMS), key=lambda found: len(self.unknown(found)))
 
     def known(self, text: str) -> str:
         """The text without the characters that the charset lacks."""

@@ -2,11 +2,14 @@
 
 import json
 import logging
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from htr_pipeline.core.config import UserError
 from htr_pipeline.io.atomic import replacing
 
 logger = logging.getLogger(__name__)
@@ -27,20 +30,35 @@ class FileCheckpoints:
     def save(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         """Replaces the file in one step."""
         header = json.dumps({"fingerprint": self._fingerprint, "state": state})
-        with replacing(self._path) as partial:
-            np.savez(partial, header=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+        with replacing(self._path) as partial, partial.open("wb") as stream:
+            np.savez(stream, header=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
 
     def load(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """Arrays and state, or None where there is no checkpoint of this training."""
+        """Arrays and state, or None where there is no checkpoint of this training.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         if not self._path.exists():
             return None
-        with np.load(self._path, allow_pickle=False) as file:
-            header = json.loads(file["header"].tobytes())
-            if header["fingerprint"] != self._fingerprint:
-                logger.warning("%s is of other data or settings: training begins anew and replaces it.", self._path)
-                return None
-            return {name: file[name] for name in file.files if name != "header"}, header["state"]
+        fingerprint, arrays, state = self._read()
+        if fingerprint != self._fingerprint:
+            logger.warning(
+                "%s is of other data, settings or versions: training begins anew and replaces it.", self._path
+            )
+            return None
+        return arrays, state
 
     def clear(self) -> None:
-        """Removes the file."""
-        self._path.unlink(missing_ok=True)
+        """Removes the file if it is of this training."""
+        if self._path.exists() and self._read()[0] == self._fingerprint:
+            self._path.unlink()
+
+    def _read(self) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+        try:
+            with np.load(self._path, allow_pickle=False) as file:
+                header = json.loads(file["header"].tobytes())
+                arrays = {name: file[name] for name in file.files if name != "header"}
+                return header["fingerprint"], arrays, header["state"]
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as exc:
+            raise UserError(f"{self._path}: this checkpoint is damaged ({exc!r}). Remove it to train anew.") from None

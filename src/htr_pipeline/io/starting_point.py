@@ -20,10 +20,12 @@ class StartingPoint:
     """Two files.
 
     Attributes:
+        name: where they were found: as it was given, but for an alias of the registry, in whose place is the version.
         model_path: a .keras file.
         charset_path: its charset.json.
     """
 
+    name: str
     model_path: Path
     charset_path: Path
 
@@ -38,10 +40,11 @@ class StartingPoint:
         Raises:
             UserError: they are not there.
         """
+        name, folder = place, Path(place)
         if place == STARTER:
             folder = STARTER_FOLDER
-        else:
-            folder = _registered(place) if place.startswith("models:") else Path(place)
+        elif place.startswith("models:"):
+            name, folder = _registered(place)
         models = [folder / name for name in ("model.keras", "network.keras") if (folder / name).is_file()]
         charset = folder / "charset.json"
         if not models or not charset.is_file():
@@ -51,7 +54,7 @@ class StartingPoint:
                 "training writes them to data/06_models, the URI of a registered model, such as models:/htr@champion, "
                 "or starter, the model that the package brings along."
             )
-        return cls(models[0], charset)
+        return cls(name, models[0], charset)
 
     def model(self) -> Any:
         """The network.
@@ -80,11 +83,16 @@ class StartingPoint:
         return hashlib.sha256(self.model_path.read_bytes() + self.charset_path.read_bytes()).hexdigest()
 
 
-def _registered(uri: str) -> Path:
+def _registered(uri: str) -> tuple[str, Path]:
+    """The URI with a version in place of an alias, and a folder with the files."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    name, at, alias = uri.rstrip("/").removeprefix("models:/").partition("@")
     try:
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{uri.rstrip('/')}/artifacts"))
+        if at:
+            version = mlflow.MlflowClient().get_model_version_by_alias(name, alias).version
+            uri = f"models:/{name}/{version}"
+        return uri, Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{uri.rstrip('/')}/artifacts"))
     except MlflowException as exc:
         raise UserError(f"training.start_from = {uri!r}: MLflow does not have it: {exc.message}") from None

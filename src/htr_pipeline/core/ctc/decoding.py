@@ -8,6 +8,7 @@ function of its labels alone, so it is stored with the prefix and asked once, wh
 import dataclasses
 import math
 import numbers
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -191,7 +192,7 @@ def beam_search(
         ranked = sorted(hypotheses, key=lambda found: (-found.score, len(found.labels), found.labels.tolist()))
         return ranked or [_impossible_line(is_space)]
 
-    return _in_threads(search_line, lines, num_threads or num_cores())
+    return _in_threads(search_line, lines, min(num_threads or num_cores(), num_cores()))
 
 
 def warm_up() -> None:
@@ -304,7 +305,8 @@ def _checked_classes(characters: Sequence[str] | None, num_classes: int, blank: 
             f"{len(found)} characters for {num_classes} classes: expected {num_classes - 1}, one for each class but "
             f"the blank, class {blank}. Give the characters in the order in which the network was trained on them."
         )
-    wrong = [c for c in found if not isinstance(c, str) or len(c) != 1] or [c for c in found if found.count(c) > 1]
+    wrong = [c for c in found if not isinstance(c, str) or len(c) != 1]
+    wrong = wrong or [character for character, count in Counter(found).items() if count > 1]
     if wrong:
         raise ValueError(f"characters has {wrong[:5]}: expected distinct single code points.")
     return (*found[:blank], "", *found[blank:])

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.cutting import cut_line
 from htr_pipeline.core.image import perceptual_hash, read_image
-from htr_pipeline.core.text import normalise_text
+from htr_pipeline.core.text import UNICODE_FORMS, normalise_text
 from htr_pipeline.io.importers.alto import ALTO
 from htr_pipeline.io.importers.iam import is_iam, read_iam
 from htr_pipeline.io.importers.lines import has_lines, read_lines
@@ -65,7 +65,7 @@ class SourceConfig:
     iam_text: str = setting(default="auto", choices=("auto", "lines", "words", "xml"))
     writer_pattern: str | None = setting(default=None)  # searched in the image path; its one group is the writer
     split: str = setting(default="given", choices=("given", "by_writer", "train", "validation", "test"))
-    unicode_form: str = setting(default="NFC", choices=("NFC", "NFD", "NFKC", "NFKD"))
+    unicode_form: str = setting(default="NFC", choices=UNICODE_FORMS)
     validation_share: float = setting(default=0.1, minimum=0.01, maximum=0.4)  # of the writers that have no split yet
     test_share: float = setting(default=0.1, minimum=0.01, maximum=0.4)
 

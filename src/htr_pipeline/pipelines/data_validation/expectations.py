@@ -74,6 +74,8 @@ class ValidationConfig:
                     f"Allowed: {', '.join(LINE_LEVELS | SET_LEVELS)}."
                 )
             allowed = ("reject", "warn", "stop", "off") if reason in LINE_LEVELS else ("warn", "stop", "off")
+            if reason == "missing_split":  # what comes after needs all three
+                allowed = ("stop",)
             if level not in allowed:
                 raise UserError(f"validation.levels.{reason} = {level!r}: expected one of {', '.join(allowed)}.")
 

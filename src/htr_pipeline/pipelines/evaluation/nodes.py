@@ -20,7 +20,7 @@ from htr_pipeline.core.calibration import Calibration, fit_calibration, reliabil
 from htr_pipeline.core.config import config, setting
 from htr_pipeline.core.metrics import bootstrap_interval, score_lines, signature
 from htr_pipeline.core.recipe import DECODERS, DecodingConfig
-from htr_pipeline.core.text import Charset
+from htr_pipeline.core.text import Charset, unicode_form_of
 from htr_pipeline.io.features import FeatureShards
 from htr_pipeline.io.manifest import PREDICTIONS, to_table
 
@@ -46,7 +46,7 @@ class EvaluationConfig:
 
     confidence: float = setting(default=0.95, minimum=0.5, maximum=0.999)
     bootstrap_samples: int = setting(default=1000, minimum=100)
-    seed: int = setting(default=1, minimum=0)
+    seed: int = setting(default=1, minimum=0, maximum=2**32 - 1)
 
 
 def read_lines(
@@ -59,8 +59,8 @@ def read_lines(
     from htr_pipeline.core.inference import Network
 
     characters = Charset.from_json(charset)
-    network, known = Network(model, characters), decoding.build_lexicon(lexicon.split())
-    unwritable = [word for word in decoding.normalised_hot_words() if not all(map(characters.__contains__, word))]
+    network, known = Network(model, characters), decoding.build_lexicon(lexicon.split(), characters)
+    unwritable = [word for word in decoding.normalised_hot_words(characters) if characters.unknown(word)]
     if unwritable:
         logger.warning("The network cannot write the hot words %s: no training text has all their characters.",
                        ", ".join(unwritable))  # fmt: skip
@@ -191,7 +191,7 @@ def measure_errors(
     known = Charset.from_json(charset)
     outside = Counter("".join(test["reference"]))
     return {
-        "signature": signature("NFC", "test", len(test), version("htr-pipeline")),
+        "signature": signature(unicode_form_of(test["reference"].tolist()), "test", len(test), version("htr-pipeline")),
         "data_hash": feature_stats["data_hash"],
         "test_hash": features.data_hash(("test",)),
         "confidence": evaluation.confidence,

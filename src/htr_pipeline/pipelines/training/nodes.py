@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from htr_pipeline.core.batching import Line
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.ctc.lexicon import bare_word
 from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
-from htr_pipeline.core.text import Charset, normalise_text
+from htr_pipeline.core.text import Charset
 from htr_pipeline.io.checkpoints import FileCheckpoints
 from htr_pipeline.io.features import FeatureShards
 from htr_pipeline.io.manifest import HISTORY, to_table
@@ -43,7 +44,9 @@ class CheckpointConfig:
 
 def collect_charset(features: FeatureShards, training: TrainingConfig, checkpoint: CheckpointConfig) -> str:
     """Features → charset: every character of the training texts, and those of the network to start from."""
-    if training.start_from and Path(training.start_from).resolve() == Path(checkpoint.path).parent.resolve():
+    # The checkpoint may be put elsewhere; by default it is where the catalog has model and charset.
+    written = {Path(path).parent.resolve() for path in (checkpoint.path, CheckpointConfig().path)}
+    if training.start_from and Path(training.start_from).resolve() in written:
         raise UserError(
             f"training.start_from = {training.start_from!r} is the folder that this training writes to. Copy its "
             "model.keras and charset.json to another one, or start from the registered model: models:/NAME@ALIAS."
@@ -89,14 +92,15 @@ def train_language_model(features: FeatureShards, language_model: LanguageModelC
         model = kind.train(texts) if language_model.order is None else kind.train(texts, language_model.order)
         source = f"{len(texts)} lines"
     logger.info("Language model of %ss, order %d, of %s: %d n-grams.",
-                language_model.kind, model.order, source, len(model.trie) - 1)  # fmt: skip
+                language_model.kind, model.order, source, len(model.trie) - 2)  # fmt: skip
     return model
 
 
 def collect_words(features: FeatureShards, language_model: LanguageModelConfig, decoding: DecodingConfig) -> str:
     """Features → lexicon: the words of the file, or of the texts of the language model; one a line, in order."""
     if decoding.lexicon_words:
-        words = set(filter(None, map(bare_word, normalise_text(_read_text(Path(decoding.lexicon_words))).split())))
+        known = Charset.from_texts(_training_texts(features))
+        words = set(filter(None, map(bare_word, known.normalised(_read_text(Path(decoding.lexicon_words))).split())))
         if not words:
             raise UserError(f"decoding.lexicon_words = {decoding.lexicon_words!r}: there is no word in this file.")
     else:
@@ -118,8 +122,8 @@ def _known_texts(features: FeatureShards, language_model: LanguageModelConfig) -
         files = sorted(folder.rglob("*.txt"))
         if not files:
             raise UserError(f"language_model.texts = {str(folder)!r}: expected a folder with .txt files.")
-        lines = [normalise_text(line) for file in files for line in _read_text(file).splitlines()]
-        texts += filter(None, lines)
+        known = Charset.from_texts(texts)
+        texts += filter(None, [known.normalised(line) for file in files for line in _read_text(file).splitlines()])
     return texts
 
 
@@ -153,11 +157,15 @@ def train(
         logger.info("Each batch of %d lines is shared by %d devices.", training.batch_size, distribution.num_replicas)
     classes = Charset.from_json(charset)
     start = StartingPoint.find(training.start_from) if training.start_from else None
-    settings = [feature_stats["data_hash"], charset, asdict(model), asdict(augmentation), asdict(training)]
-    settings.append(start.content_hash() if start else None)
+    settings = [feature_stats["data_hash"], charset, asdict(model), asdict(augmentation)]
+    # The content of the network to start from, not its name: an alias may point to another one by and by.
+    settings += [asdict(replace(training, start_from=None)), start.content_hash() if start else None]
+    settings += [version(package) for package in ("htr-pipeline", "keras", "numpy")]
     with distribution.scope():
         network = build_network(model, training, classes, feature_stats, start)
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    if start and start.name != training.start_from:
+        logger.info("%s is %s.", training.start_from, start.name)
 
     def read_training_lines(rng: np.random.Generator) -> Iterator[Line]:
         return features.lines("train", rng)
@@ -177,8 +185,16 @@ def train(
         )
     logger.info("Best validation CER: %.2f %% (greedy); ended by: %s.", 100 * trained.best_cer, trained.ended_by)
     if trained.ended_by == "interrupt":
-        logger.warning("Training is not complete: the same command goes on where it was stopped.")
-    metadata = {"ended_by": trained.ended_by, "is_chief": str(distribution.is_chief), "precision": precision}
+        moved = ""
+        if start and start.name != training.start_from:
+            moved = f", with training.start_from={start.name} if {training.start_from} points to a new one by then"
+        logger.warning("Training is not complete: the same command goes on where it was stopped%s.", moved)
+    metadata = {
+        "ended_by": trained.ended_by,
+        "is_chief": str(distribution.is_chief),
+        "precision": precision,
+        "fingerprint": fingerprint,
+    }
     return trained.model, to_table(trained.history, HISTORY, metadata)
 
 
@@ -275,11 +291,14 @@ def check_training_batch(
 
 
 def clear_checkpoint(model: Any, history: pa.Table, checkpoint: CheckpointConfig) -> None:
-    """Removes the checkpoint of a complete training once model and history are on disk: the next run trains anew."""
+    """Removes the checkpoint of a complete training once model and history are on disk: the next run trains anew.
+
+    A checkpoint of another training stays: the history may be an old one.
+    """
     metadata = history.schema.metadata or {}
     # Of several workers only the chief knows that its files are written.
     if metadata.get(b"ended_by") != b"interrupt" and metadata.get(b"is_chief") != b"False":
-        Path(checkpoint.path).unlink(missing_ok=True)
+        FileCheckpoints(Path(checkpoint.path), metadata.get(b"fingerprint", b"").decode()).clear()
 
 
 class _TrainingProgress:
