@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
 from PIL import Image, ImageDraw
 
 from htr_pipeline.core.calibration import Calibration
@@ -77,3 +78,12 @@ def test_lexicon_and_word_model_come_with_the_model(tmp_path, network, images):
     written = set(" ".join(found["text"]).split())
     assert written
     assert written <= {"dead", "a", "cab"}
+
+
+def test_the_column_of_images_is_taken_by_its_name_or_as_the_only_one(tmp_path, network, images):
+    loaded = reader(tmp_path, network, DecodingConfig(decoder="greedy"))
+    texts = read(loaded, images)["text"].tolist()
+    for frame in (pd.DataFrame({"id": [1, 2, 3], "image": images}), pd.DataFrame({"scan": images})):
+        assert loaded.predict(None, frame)["text"].tolist() == texts
+    with pytest.raises(MlflowException, match=r"The columns are id, scan: expected a column image"):
+        loaded.predict(None, pd.DataFrame({"id": [1, 2, 3], "scan": images}))

@@ -14,6 +14,7 @@ import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import h5py
@@ -281,6 +282,11 @@ def test_served_model_reads_images_of_requests_and_no_files_of_the_server(toy, s
     (greedy,) = ask([image], decoder="greedy")
     assert greedy["text"] == predictions.loc[("greedy", line["line_id"])]["hypothesis"]
     assert ask([image], looks=1)[0]["error"] is None
+    with pytest.raises(HTTPError) as refused:
+        ask([image], decoder="beamlm")
+    answer = json.loads(refused.value.read())
+    assert (refused.value.code, answer["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
+    assert "decoding.decoder = 'beamlm': expected one of 'greedy', 'beam', 'beam_lm'" in answer["message"]
 
 
 # --- parts of it, from what is on disk -------------------------------------------------------------------------------
@@ -516,6 +522,21 @@ def test_wrong_parameter_stops_before_any_node_with_a_sentence(tmp_path, mistake
     assert "Traceback" not in done.stdout + done.stderr
     assert not (project / "data").exists()
     assert not (project / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--pipeline", "train", "Did you mean one of these instead?\n    training"),
+        ("--from-nodes", "train_netwrk", "Pipeline does not contain nodes named ['train_netwrk']"),
+        ("--env", "fintune", "conf/fintune"),
+    ],
+)
+def test_mistyped_names_are_named_without_a_traceback(tmp_path, option, value, message):
+    done = kedro_run(new_project(tmp_path / "project"), option, value)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_source_that_does_not_exist_stops_with_a_sentence_and_a_failed_mlflow_run(project):

@@ -11,11 +11,15 @@ from typing import Any
 
 import click
 from kedro import KedroDeprecationWarning
+from kedro.config import MissingConfigException
 from kedro.framework.cli.project import run as kedro_run
 from kedro.framework.cli.utils import _split_params
 from kedro.validation.exceptions import ParameterValidationError
 
 from htr_pipeline.core.config import UserError
+
+# How Kedro's ValueErrors begin about a pipeline, nodes and tags that there are not.
+_MISTYPED = ("Failed to find the pipeline", "Pipeline does not contain", "Pipeline contains no nodes")
 
 
 @click.group(name="htr_pipeline")
@@ -41,6 +45,8 @@ def _errors_in_words() -> Iterator[None]:
                 raise click.ClickException(str(cause)) from exc
             if isinstance(cause, ParameterValidationError):
                 raise click.ClickException(_settings_message(cause)) from exc
+            if isinstance(cause, MissingConfigException) or str(cause).startswith(_MISTYPED):
+                raise click.ClickException(str(cause)) from exc
         raise
 
 

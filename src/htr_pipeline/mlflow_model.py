@@ -8,7 +8,7 @@ import binascii
 import json
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType
@@ -67,7 +68,7 @@ warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` met
 
 
 class LineReader(mlflow.pyfunc.PythonModel):
-    """Reads line images: a list, or a DataFrame of one column, of paths or bytes of PNG, JPEG or TIFF files.
+    """Reads line images: a list, or the column image of a DataFrame, of paths or bytes of PNG, JPEG or TIFF files.
 
     Over REST an image is base64 text, and paths are not opened: a request must not read the server's files.
     """
@@ -100,8 +101,11 @@ class LineReader(mlflow.pyfunc.PythonModel):
 
         The confidence is the probability that the line is read without an error, as calibrated on validation lines.
         """
-        decoding = DecodingConfig(**{**self._decoding, **(params or {})})
-        images = list(model_input.iloc[:, 0]) if isinstance(model_input, pd.DataFrame) else list(model_input)
+        try:
+            decoding = DecodingConfig(**{**self._decoding, **(params or {})})
+            images = _images(model_input)
+        except UserError as exc:  # of another kind, MLflow would hide it from those who ask over REST
+            raise MlflowException.invalid_parameter_value(str(exc)) from None
         rows = []
         for start in range(0, len(images), _CHUNK_LINES):
             rows += self._read(images[start : start + _CHUNK_LINES], decoding)
@@ -132,6 +136,16 @@ class LineReader(mlflow.pyfunc.PythonModel):
 def _is_served() -> bool:
     """Whether this is MLflow's scoring server: the one place where input comes from strangers."""
     return "mlflow.pyfunc.scoring_server.app" in sys.modules
+
+
+def _images(model_input: pd.DataFrame | Iterable[Any]) -> list[Any]:
+    if not isinstance(model_input, pd.DataFrame):
+        return list(model_input)
+    if "image" in model_input:
+        return list(model_input["image"])
+    if len(model_input.columns) != 1:
+        raise UserError(f"The columns are {', '.join(map(str, model_input.columns))}: expected a column image.")
+    return list(model_input.iloc[:, 0])
 
 
 def _source(image: Any) -> Path | bytes:

@@ -186,12 +186,12 @@ def test_source_without_any_text_stops_the_run(tmp_path):
 
 
 def test_no_line_left_stops_the_run_whatever_the_share(tmp_path):
-    rejection = {"line_id": "x", "file": "x.png", "stage": "import", "reason": "missing_text", "detail": "no x.gt.txt"}
+    rejection = {"line_id": "x", "file": "x.png", "stage": "import", "reason": "unreadable_text", "detail": "no UTF-8"}
     config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_rejected_share=1.0)
     validated, rejected, _, summary = validate_lines(
         imported([], tmp_path), to_table([rejection], REJECTED_LINES), [], config, ImageConfig()
     )
-    with pytest.raises(UserError, match=r"1 of 1 lines were rejected.*\n.*x\.png \| missing_text \| no x\.gt\.txt"):
+    with pytest.raises(UserError, match=r"1 of 1 lines were rejected.*\n.*x\.png \| unreadable_text \| no UTF-8"):
         check_manifest(validated, rejected, summary, config)
 
 
@@ -648,9 +648,10 @@ def test_wrong_entry_of_sources_is_named(entries, message):
         SourcesConfig(**entries)
 
 
-def test_lines_that_official_splits_leave_out_do_not_stop_the_run(tmp_path):
+@pytest.mark.parametrize("reason", [LEFT_OUT, "missing_text"])
+def test_lines_that_official_splits_leave_out_or_nobody_has_transcribed_do_not_stop_the_run(tmp_path, reason):
     left_out = [
-        {"line_id": f"x{i}", "file": "lines.txt", "stage": "import", "reason": LEFT_OUT, "detail": "in no split"}
+        {"line_id": f"x{i}", "file": "lines.txt", "stage": "import", "reason": reason, "detail": "in no split"}
         for i in range(100)
     ]
     config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_rejected_share=0.0)
@@ -658,7 +659,7 @@ def test_lines_that_official_splits_leave_out_do_not_stop_the_run(tmp_path):
     lines = imported(good_lines(), tmp_path)
     validated, rejected, _, summary = validate_lines(lines, rejections, [], config, ImageConfig())
     assert check_manifest(validated, rejected, summary, config).num_rows == 12
-    assert summary["reasons"] == {LEFT_OUT: 100}
+    assert summary["reasons"] == {reason: 100}
 
 
 def test_pipeline_saves_the_rejected_lines_before_it_stops(tmp_path):
@@ -668,7 +669,7 @@ def test_pipeline_saves_the_rejected_lines_before_it_stops(tmp_path):
     from htr_pipeline.pipelines.data_validation import create_pipeline
 
     write_lines(tmp_path / "source")
-    (tmp_path / "source" / "writer0" / "line0.gt.txt").unlink()
+    (tmp_path / "source" / "writer0" / "line0.gt.txt").write_bytes(b"\xff")
     rejected_lines = MemoryDataset()
     catalog = DataCatalog(
         {
@@ -684,7 +685,7 @@ def test_pipeline_saves_the_rejected_lines_before_it_stops(tmp_path):
     )
     with pytest.raises(UserError, match="1 of 15 lines were rejected"):
         SequentialRunner().run(create_pipeline(), catalog)
-    assert rejected_lines.load()["reason"].to_pylist() == ["missing_text"]
+    assert rejected_lines.load()["reason"].to_pylist() == ["unreadable_text"]
 
 
 def test_validation_of_real_lines_rejects_none_and_repeats_itself(tmp_path):

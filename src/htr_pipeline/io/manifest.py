@@ -22,7 +22,7 @@ def _required(name: str, kind: pa.DataType) -> pa.Field:
 # Reasons of rejected lines that are no fault of the source: nobody has transcribed the line yet; its official split
 # files leave it out.
 LEFT_OUT = "left_out"
-NO_FAULTS = ("empty_text", LEFT_OUT)
+NO_FAULTS = ("empty_text", "missing_text", LEFT_OUT)
 
 _POINTS = pa.list_(pa.list_(pa.int32()))
 
