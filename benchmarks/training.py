@@ -1,17 +1,19 @@
-"""CER after a budget of training, with the learning curve, beside kraken on the same lines for the same processor time.
+"""CER after a budget of training, with the learning curve, beside others on the same lines for the same processor time.
 
     python benchmarks/training.py --minutes 5                                   # the demo
-    python benchmarks/training.py LINES --minutes 30 --ketos PATH/TO/ketos      # LINES: any source of `kedro run`
+    python benchmarks/training.py LINES --minutes 30 --ketos PATH/TO/ketos --pylaia PATH/TO/pylaia-htr-train-ctc
     python benchmarks/training.py LINES --minutes 10 --train-lines 300 --start-from starter training.learning_rate=2e-3
 
-What is measured is `kedro run`, in a folder of its own: import, validation, features, training until the clock of the
-budget runs out, language model, evaluation. KEY=VALUE overrides any setting; one of conf/base applies where none is
-given, conf/local is left out. The processor time is that of `kedro run --pipeline training` from its start to its end.
+LINES is any source of `kedro run`, which is what is measured, in a folder of its own: import, validation, features,
+training until the clock of the budget runs out, language model, evaluation. KEY=VALUE overrides any setting; one of
+conf/base applies where none is given, conf/local is left out. The processor time is that of `kedro run --pipeline
+training` from its start to its end.
 
-kraken lives in an environment of its own (`pip install torch==2.13.0 kraken`). It is trained twice on the same lines
-and splits, which `ketos compile` has stored for it: with its defaults, and as a network of our size, in batches. A
+kraken and PyLaia live in environments of their own (`pip install torch==2.13.0 kraken`; Python 3.10 and `pip install
+pylaia==1.1.2`). Each is trained twice on the same lines and splits: with its defaults, and as a network of our size. A
 training is killed when it has used as much processor time as ours; its checkpoint with the best validation figure reads
-the test lines, and its readings are scored as ours are. Lines of pages are given to it cut out, as ours are.
+the test lines, and its readings are scored as ours are. Lines of pages are given to them cut out, as ours are; to
+kraken as `ketos compile` stores them, to PyLaia as files of one height, since it asks for that.
 """
 
 import argparse
@@ -47,6 +49,15 @@ KRAKEN = {
     "kraken, its defaults": [],
     "kraken, small": ["-s", SMALL_NETWORK, "-B", "16", "-q", "fixed", "-N", str(EPOCHS)],
 }
+# Height of the lines in pixels, batch size, and what the network has otherwise than by default. 128 is the height that
+# PyLaia's own documentation takes; the small network is that of SMALL_NETWORK.
+PYLAIA = {
+    "PyLaia, its defaults": (128, 8, []),
+    "PyLaia, small": (64, 16, [
+        "--crnn.cnn_num_features=[16,32,64,64]", "--crnn.cnn_poolsize=[2,2,[2,1],0]", "--crnn.rnn_layers=2",
+        "--crnn.rnn_units=128", "--crnn.rnn_dropout=0.2", "--crnn.lin_dropout=0.2",
+    ]),
+}  # fmt: skip
 
 
 def new_project(folder, settings):
@@ -95,8 +106,12 @@ def kedro_run(folder, *options):
     return run([sys.executable, "-m", "kedro", "run", *options], folder)
 
 
-def run(command, folder, processor_seconds=None):
-    """Runs a command, ended after that much processor time; seconds of processor time that it used."""
+def run(command, folder, processor_seconds=None, **options):
+    """Runs a command, ended after that much processor time; seconds of processor time that it used.
+
+    Args:
+        options: further ones of subprocess.run.
+    """
     before = used_by_children()
 
     def limit():
@@ -104,7 +119,8 @@ def run(command, folder, processor_seconds=None):
             resource.setrlimit(resource.RLIMIT_CPU, (int(processor_seconds), int(processor_seconds) + 10))
 
     with (folder / "log.txt").open("ab") as log:
-        done = subprocess.run(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, preexec_fn=limit)
+        options = {"stdout": log, "stderr": log} | options
+        done = subprocess.run(command, cwd=folder, preexec_fn=limit, **options)
     if done.returncode and done.returncode != -signal.SIGXCPU:
         tail = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
         sys.exit(f"{tail}\n{' '.join(command[:4])} ... ended with code {done.returncode}.")
@@ -165,31 +181,35 @@ def show_score(name, score, used):
     print(f"{name:26}{''.join(cells)}{used:>9.0f}", flush=True)
 
 
-def write_lines(project, folder):
-    """Every line as NAME.png with NAME.gt.txt, as kraken takes them, and a list of each split; the test lines' rows."""
+def write_lines(project, folder, height=None):
+    """Every line as SPLIT/NAME.png, of that height if one is given; by split the rows of the manifest by path."""
     manifest = pq.read_table(project / "data/02_intermediate/manifest.parquet")
     roots = {source: project / root for source, root in image_roots(manifest).items()}
     rows = {split: {} for split in SPLITS}
     for index, (row, grey) in enumerate(line_images(manifest.to_pylist(), roots)):
         path = folder / row["split"] / f"{index:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grey).save(path, compress_level=1)
-        path.with_suffix(".gt.txt").write_text(row["text"], encoding="utf-8")
+        image = Image.fromarray(grey)
+        if height:
+            image = image.resize((max(1, round(image.width * height / image.height)), height), Image.Resampling.LANCZOS)
+        image.save(path, compress_level=1)
         rows[row["split"]][path] = row
-    for split, paths in rows.items():
-        (folder / f"{split}.txt").write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
-    return rows["test"]
+    return rows
 
 
-def read_with_kraken(ketos, options, lines, seed, test, folder, processor_seconds):
+def read_with_kraken(ketos, options, project, seed, folder, processor_seconds):
     """Trains kraken for that much processor time; its reading of each test line, the seconds, and the best epoch."""
-    folder.mkdir()
+    rows = write_lines(project, folder / "lines")
+    for split, paths in rows.items():
+        for path, row in paths.items():
+            path.with_suffix(".gt.txt").write_text(row["text"], encoding="utf-8")
+        (folder / f"{split}.paths").write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
     # In one process, since the limit of processor time is one of processes. On one thread, its default: on a busy
     # machine, two spent most of their processor time waiting for each other.
     train = [ketos, "-d", "cpu", "-s", str(seed), "--workers", "0", "train"]
     for split in ("train", "validation"):
         stored = folder / f"{split}.arrow"
-        run([ketos, "compile", "-f", "path", "-F", str(lines / f"{split}.txt"), "-o", str(stored)], folder)
+        run([ketos, "compile", "-f", "path", "-F", f"{split}.paths", "-o", str(stored)], folder)
         (folder / f"{split}.txt").write_text(str(stored), encoding="utf-8")
     data = ["-f", "binary", "-t", "train.txt", "-e", "validation.txt"]
     used = run([*train, *data, "-o", "checkpoints", *options], folder, processor_seconds)
@@ -201,16 +221,53 @@ def read_with_kraken(ketos, options, lines, seed, test, folder, processor_second
         return None, used, "no epoch was finished"
     (accuracy, epoch), best = max(checkpoints.items())
     run([ketos, "convert", "-o", "best.safetensors", str(best)], folder)
-    kraken = [str(Path(ketos).with_name("kraken")), "-d", "cpu", "-I", str(lines / "test" / "*.png"), "-o", ".read.txt"]
+    kraken = [str(Path(ketos).with_name("kraken")), "-d", "cpu", "-I", "lines/test/*.png", "-o", ".read.txt"]
     run([*kraken, "ocr", "-s", "-m", "best.safetensors", "-B", "16", "--num-line-workers", "0"], folder)
-    readings, missing = [], 0
-    for path in test:
+    readings = {}
+    for path, row in rows["test"].items():
         reading = path.with_suffix(".read.txt")
-        missing += not reading.exists()
-        readings.append(normalise_text(reading.read_text(encoding="utf-8")) if reading.exists() else "")
-        reading.unlink(missing_ok=True)
-    note = f"epoch {epoch + 1}, {accuracy:.2%} right on validation by its own count"
-    return readings, used, note + (f"; {missing} lines were not read" if missing else "")
+        if reading.exists():
+            readings[row["line_id"]] = normalise_text(reading.read_text(encoding="utf-8"))
+    return readings, used, f"epoch {epoch + 1}, {accuracy:.2%} right on validation by its own count"
+
+
+def read_with_pylaia(program, network, project, seed, folder, processor_seconds):
+    """Trains PyLaia as read_with_kraken does; the process that loads its lines comes on top of the processor time."""
+    height, batch_size, options = network
+    rows = write_lines(project, folder / "lines", height)
+    characters = sorted({c for split in ("train", "validation") for row in rows[split].values() for c in row["text"]})
+    symbols = ["<ctc>", "<space>", *(c for c in characters if c != " ")]
+    (folder / "symbols.txt").write_text("".join(f"{s} {i}\n" for i, s in enumerate(symbols)), encoding="utf-8")
+    for split, paths in rows.items():
+        texts = {f"{split}/{path.name}": row["text"] for path, row in paths.items()}
+        table = (" ".join([name, *("<space>" if c == " " else c for c in text)]) for name, text in texts.items())
+        (folder / f"{split}.txt").write_text("\n".join(table), encoding="utf-8")
+    (folder / "test.names").write_text("".join(f"test/{path.name}\n" for path in rows["test"]), encoding="utf-8")
+
+    def tool(name):
+        return str(Path(program).with_name(f"pylaia-htr-{name}"))
+
+    # On one thread, as kraken.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run([tool("create-model"), "symbols.txt", f"--fixed_input_height={height}", *options], folder, env=environment)
+    common = [f"--common.seed={seed}", f"--data.batch_size={batch_size}", "--data.num_workers=1"]
+    train = [tool("train-ctc"), "symbols.txt", "[lines]", "train.txt", "validation.txt", *common]
+    used = run(train, folder, processor_seconds, env=environment)
+    checkpoints = [*(folder / "experiment").glob("epoch=*-lowest_va_cer.ckpt")]
+    if not checkpoints:
+        return None, used, "no epoch was finished"
+    decode = [tool("decode-ctc"), "symbols.txt", "test.names", "--img_dirs=[lines]", *common]
+    # Tabs part the names from the texts.
+    decode += ["--decode.join_string=", "--decode.convert_spaces=true", "--decode.separator=\t"]
+    with (folder / "readings.txt").open("wb") as output:
+        run(decode, folder, env=environment, stdout=output)
+    line_ids = {f"test/{path.name}": row["line_id"] for path, row in rows["test"].items()}
+    readings = {}
+    for line in (folder / "readings.txt").read_text(encoding="utf-8").splitlines():
+        name, _, text = line.partition("\t")
+        readings[line_ids[name]] = normalise_text(text)
+    epochs = max(int(path.name.partition("-")[0].removeprefix("epoch=")) for path in checkpoints)
+    return readings, used, f"best after {epochs + 1} epochs or before"
 
 
 def score(references, hypotheses, writers):
@@ -224,20 +281,28 @@ def score(references, hypotheses, writers):
     return scored, figures, groups
 
 
-def compare_with_kraken(arguments, project, folder, used):
-    test = write_lines(project, folder / "lines")
-    references, writers, line_ids = ([row[n] for row in test.values()] for n in ("text", "writer_id", "line_id"))
+def peers(arguments):
+    """By name the function that trains it and reads the test lines, its program and its options."""
+    found = {}
+    if arguments.ketos:
+        found |= {name: (read_with_kraken, arguments.ketos, options) for name, options in KRAKEN.items()}
+    if arguments.pylaia:
+        found |= {name: (read_with_pylaia, arguments.pylaia, network) for name, network in PYLAIA.items()}
+    return found
+
+
+def compare_with_peers(arguments, project, folder, used):
     predictions = pq.read_table(project / "data/07_model_output/predictions.parquet").to_pylist()
-    greedy = {row["line_id"]: row["hypothesis"] for row in predictions if row["decoder"] == "greedy"}
-    ours, _, groups = score(references, [greedy[line_id] for line_id in line_ids], writers)
+    greedy = [row for row in predictions if row["decoder"] == "greedy" and row["split"] == "test"]
+    references, writers, hypotheses = ([row[n] for row in greedy] for n in ("reference", "writer_id", "hypothesis"))
+    ours, _, groups = score(references, hypotheses, writers)
     notes = []
-    for name, options in KRAKEN.items():
+    for name, (read, program, options) in peers(arguments).items():
         place = folder / name.replace(", ", "-").replace(" ", "-")
-        readings, seconds, note = read_with_kraken(
-            arguments.ketos, options, folder / "lines", arguments.seed, test, place, used
-        )
+        readings, seconds, note = read(program, options, project, arguments.seed, place, used)
         if readings is not None:
-            theirs, figures, _ = score(references, readings, writers)
+            read_lines = [readings.get(row["line_id"]) for row in greedy]
+            theirs, figures, _ = score(references, [text or "" for text in read_lines], writers)
             show_score(name, figures, seconds)
             pair = (ours.characters.edits, theirs.characters.edits, ours.characters.lengths, groups)
             compared = paired_bootstrap(*pair)
@@ -245,6 +310,8 @@ def compare_with_kraken(arguments, project, folder, used):
                 f"; ours, greedy, makes {1 - ours.cer / max(theirs.cer, 1e-9):.0%} fewer errors "
                 f"(difference of CER {compared.low:+.2%} to {compared.high:+.2%})"
             )
+            if None in read_lines:
+                note += f"; {read_lines.count(None)} lines were not read"
         notes.append(f"{name}: {note}.")
     print("\n".join(["", *notes]))
 
@@ -258,6 +325,7 @@ def main():
     parser.add_argument("--start-from", help="training.start_from")
     parser.add_argument("--seed", type=int, default=1, help="of training and of the drawing (default 1)")
     parser.add_argument("--ketos", help="kraken's program, to train it too")
+    parser.add_argument("--pylaia", help="PyLaia's program pylaia-htr-train-ctc, to train it too")
     parser.add_argument("--keep", type=Path, help="new folder for everything that is made; default: removed at the end")
     arguments = parser.parse_intermixed_args()
     if arguments.source and "=" in str(arguments.source) and not arguments.source.exists():
@@ -281,8 +349,8 @@ def main():
         show_header()
         for decoder in DECODERS:
             show_score(f"ours, {decoder}", metrics["splits"]["test"][decoder], used)
-        if arguments.ketos:
-            compare_with_kraken(arguments, project, folder, used)
+        if arguments.ketos or arguments.pylaia:
+            compare_with_peers(arguments, project, folder, used)
 
 
 if __name__ == "__main__":
