@@ -49,6 +49,7 @@ ui: $(INSTALLED) ## MLflow's pages on http://127.0.0.1:5000: runs, models, repor
 	$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
 serve: $(INSTALLED) ## the champion on http://127.0.0.1:5001/invocations: line images in, texts out (README)
+	@test -f mlflow.db || { echo "There is no model yet: make run trains and registers one."; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=sqlite:///mlflow.db $(BIN)/mlflow models serve -m models:/htr@champion --env-manager local --host 127.0.0.1 --port 5001
 
 viz: $(INSTALLED) ## the pipelines drawn by kedro-viz on http://127.0.0.1:4141

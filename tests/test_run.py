@@ -511,6 +511,7 @@ def test_check_batch_says_in_one_sentence_that_everything_fits(toy):
         ("training.epoch=3", "Did you mean training.epochs?"),
         ("training.epochs=0", "training.epochs = 0"),
         ("trainig.epochs=3", "Did you mean training?"),
+        ("training.start_from=startr", "training.start_from = 'startr': Expected a folder with model.keras"),
         ("sources.iam.path=x,sources.iam.formt=iam", "In sources.iam: source.formt = 'iam': there is no such setting"),
     ],
 )

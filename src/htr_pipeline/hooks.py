@@ -34,7 +34,10 @@ _PACKAGES = ("htr-pipeline", "kedro", "keras", "mlflow", "great-expectations", "
 
 
 class SettingsHook:
-    """Stops a run whose parameters hold a block that nothing reads; Kedro checks the keys within the blocks."""
+    """Stops a run whose parameters hold a block that nothing reads, or a network to start from that is not there.
+
+    Kedro checks the keys within the blocks.
+    """
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
@@ -49,6 +52,16 @@ class SettingsHook:
                     f"{key} = {value!r}: there is no such block of parameters.{hint} "
                     f"Allowed: {', '.join(sorted(known))}."
                 )
+        self._start_from = getattr(context.params.get("training"), "start_from", None)
+
+    @hook_impl(tryfirst=True)
+    def before_pipeline_run(self, pipeline: Pipeline) -> None:
+        """Looks for the network now, not after import and features; the registry is left to the node that asks it."""
+        from htr_pipeline.io.starting_point import StartingPoint
+
+        place = self._start_from
+        if place and "params:training" in pipeline.inputs() and not place.startswith("models:"):
+            StartingPoint.find(place)
 
 
 class LockHook:

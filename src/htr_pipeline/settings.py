@@ -21,7 +21,7 @@ for _name, _value in {
 # Kedro 1.7 with OmegaConf 2.4: nothing that a user could change.
 warnings.filterwarnings("ignore", message="register_new_resolver")
 
-HOOKS = (SettingsHook(), LockHook(), MlflowHook())
+HOOKS = (LockHook(), SettingsHook(), MlflowHook())  # of two that want to be first, the later one is
 
 # One environment overrides single keys of a block, not the whole block.
 CONFIG_LOADER_ARGS = {
