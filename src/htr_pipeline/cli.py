@@ -87,7 +87,7 @@ def export(format: str, output: Path, decoder: str | None, split: str | None, en
         tables = catalog.load("manifest"), catalog.load("predictions")
         decoder = decoder or catalog.load("metrics")["headline"]["decoder"]
         files = export_lines(format, *tables, output, decoder=decoder, split=split)
-        click.echo(f"{len(files)} file(s) in {output}, for instance {files[0]}")
+        click.echo(f"Files in {output}: {len(files)}, for instance {files[0]}")
 
 
 @cli.command("check-batch")

@@ -243,7 +243,7 @@ def _describe(outcome: Outcome, validation: ValidationConfig, num_checked: int) 
 def _reason_table(summary: Mapping[str, Any]) -> str:
     rows: Sequence[tuple[str, Any]] = [
         *(
-            (f"lines for {split}", f"{num} by {summary['num_writers'][split]}")
+            (f"lines for {split}", f"{num}, writers: {summary['num_writers'][split]}")
             for split, num in summary["num_lines"].items()
         ),
         ("rejected", summary["num_rejected"]),
