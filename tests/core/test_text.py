@@ -32,7 +32,7 @@ def test_other_texts_are_brought_to_the_form_of_the_transcriptions(form):
     text = normalise_text("ﬁn été", form)
     charset = Charset.from_texts([text])
     assert {charset.normalised(normalise_text("ﬁn  été", other)) for other in ("NFC", "NFD")} == {text}
-    assert unicode_form_of([text, "abc"]) == ("NFC" if form == "NFKC" else "NFD" if form == "NFKD" else form)
+    assert unicode_form_of([text, "abc"]) == form.replace("K", ""), "the first that fits"
 
 
 def test_texts_of_no_form_at_all_are_mixed():

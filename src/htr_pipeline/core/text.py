@@ -99,6 +99,9 @@ class Charset:
 
         For texts that stand beside the transcriptions, whose form was chosen when they were imported.
         """
+        usual = normalise_text(text)
+        if not self.unknown(usual):  # nearly every line of a large corpus
+            return usual
         return min((normalise_text(text, form) for form in UNICODE_FORMS), key=lambda found: len(self.unknown(found)))
 
     def known(self, text: str) -> str:

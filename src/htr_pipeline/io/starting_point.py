@@ -45,7 +45,7 @@ class StartingPoint:
             folder = STARTER_FOLDER
         elif place.startswith("models:"):
             name, folder = _registered(place)
-        models = [folder / name for name in ("model.keras", "network.keras") if (folder / name).is_file()]
+        models = [folder / file for file in ("model.keras", "network.keras") if (folder / file).is_file()]
         charset = folder / "charset.json"
         if not models or not charset.is_file():
             missing = f" This installation has no starter model in {folder}." if place == STARTER else ""
@@ -88,11 +88,11 @@ def _registered(uri: str) -> tuple[str, Path]:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    name, at, alias = uri.rstrip("/").removeprefix("models:/").partition("@")
+    found = uri.rstrip("/")
+    model, at, alias = found.removeprefix("models:/").partition("@")
     try:
         if at:
-            version = mlflow.MlflowClient().get_model_version_by_alias(name, alias).version
-            uri = f"models:/{name}/{version}"
-        return uri, Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{uri.rstrip('/')}/artifacts"))
+            found = f"models:/{model}/{mlflow.MlflowClient().get_model_version_by_alias(model, alias).version}"
+        return found, Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{found}/artifacts"))
     except MlflowException as exc:
         raise UserError(f"training.start_from = {uri!r}: MLflow does not have it: {exc.message}") from None
