@@ -610,6 +610,8 @@ class TestWrongLanguage:
             search(np.zeros((1, 3, 3)), characters="abc")
         with pytest.raises(ValueError, match=r"\['a', 'a'\]: expected distinct single code points"):
             search(np.zeros((1, 3, 3)), characters="aa")
+        with pytest.raises(ValueError, match=r"\[\['b'\]\]: expected distinct single code points"):
+            search(np.zeros((1, 3, 3)), characters=["a", ["b"]])
         with pytest.raises(ValueError, match=r"\['bc'\]: expected distinct single code points"):
             search(np.zeros((1, 3, 3)), characters=["a", "bc"])
 

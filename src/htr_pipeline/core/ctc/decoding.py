@@ -305,8 +305,10 @@ def _checked_classes(characters: Sequence[str] | None, num_classes: int, blank: 
             f"{len(found)} characters for {num_classes} classes: expected {num_classes - 1}, one for each class but "
             f"the blank, class {blank}. Give the characters in the order in which the network was trained on them."
         )
-    counts = Counter(found)
-    wrong = [c for c in found if not isinstance(c, str) or len(c) != 1] or [c for c in found if counts[c] > 1]
+    wrong = [c for c in found if not isinstance(c, str) or len(c) != 1]
+    if not wrong:
+        counts = Counter(found)
+        wrong = [c for c in found if counts[c] > 1]
     if wrong:
         raise ValueError(f"characters has {wrong[:5]}: expected distinct single code points.")
     return (*found[:blank], "", *found[blank:])
