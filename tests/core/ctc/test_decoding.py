@@ -2,6 +2,7 @@ import functools
 import itertools
 import math
 import random
+import re
 import threading
 from collections import defaultdict
 from pathlib import Path
@@ -368,7 +369,7 @@ class TestBeamSearch:
             logits[:, 0] = np.maximum(logits[:, 0], -5)  # leaves no frame without a possible class
             frames = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
             blank = int(random.integers(num_classes))
-            found = beam_search(frames[None], blank_index=blank, beam_width=int(beam_width), top_paths=5)[0]
+            found = beam_search(frames[None], blank_index=blank, beam_width=beam_width, top_paths=5)[0]
             assert_same_list(as_pairs(found), textbook_search(frames, blank, beam_width)[:5])
 
 
@@ -652,6 +653,10 @@ class TestWrongInput:
         with pytest.raises(ValueError, match="at least one class"):
             search(np.zeros((1, 3, 0)))
 
+    def test_complex_numbers(self, search):
+        with pytest.raises(ValueError, match="dtype complex128: expected real numbers"):
+            search(np.zeros((1, 3, 4), complex))
+
     def test_lengths(self, search):
         log_probs = random_log_probs(0, 2, 3, 4)
         with pytest.raises(ValueError, match=r"logit_length\[1\] = 4: expected 0 to 3"):
@@ -669,10 +674,30 @@ class TestWrongInput:
             search(np.zeros((1, 3, 4)), blank_index=blank_index)
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.int8, np.uint8, np.uint64])
+def test_numbers_of_numpy_are_numbers(kind):
+    log_probs = random_log_probs(7, 2, 12, 200)
+    expected = beam_search(log_probs, blank_index=100, beam_width=100, top_paths=3, num_threads=2)
+    numbers = {"blank_index": 100, "beam_width": 100, "top_paths": 3, "num_threads": 2}
+    found = beam_search(log_probs, **{name: kind(number) for name, number in numbers.items()})
+    for ours, theirs in zip(found, expected, strict=True):
+        assert as_pairs(ours) == as_pairs(theirs)
+    (best,) = greedy_search(log_probs[:1], blank_index=kind(100))[0]
+    assert best.labels.tolist() == greedy_search(log_probs[:1], blank_index=100)[0][0].labels.tolist()
+
+
+def test_widths_of_a_range_of_numpy():
+    frames = random_log_probs(8, 1, 9, 4)
+    for width in np.arange(1, 21):
+        assert as_pairs(beam_search(frames, beam_width=width)[0]) == as_pairs(
+            beam_search(frames, beam_width=int(width))[0]
+        )
+
+
 @pytest.mark.parametrize("argument", ["beam_width", "top_paths", "num_threads"])
-@pytest.mark.parametrize("wrong", [0, 1.5])
+@pytest.mark.parametrize("wrong", [0, 1.5, True, np.int8(0)])
 def test_counts_are_whole_numbers_of_at_least_one(argument, wrong):
-    with pytest.raises(ValueError, match=f"{argument} = {wrong}: expected a whole number of at least 1"):
+    with pytest.raises(ValueError, match=re.escape(f"{argument} = {wrong!r}: expected a whole number of at least 1")):
         beam_search(np.zeros((1, 3, 4)), **{argument: wrong})
 
 

@@ -345,6 +345,7 @@ HOSTILE = {
     "node that is its own parent": {"num_children": with_value(CHILDREN, [2, 5, 10], [0, 0, 2])},
     "single tokens missing": {"num_children": with_value(CHILDREN, [0, 5], [4, 2])},
     "NaN": {"log_prob": with_value(LOGS, 6, np.nan)},
+    "weight of the longest n-grams": {"backoff": with_value(LOGS, -1, -0.5)},
     "infinite": {"backoff": with_value(LOGS, 6, -np.inf)},
     "header that is no JSON": {"header": np.frombuffer(b"{", np.uint8)},
     "header nested too deep": {"header": np.frombuffer(b"[" * 100_000, np.uint8)},
@@ -550,12 +551,52 @@ def test_srilm_file_by_hand():
     assert log10_score(WordNGram.from_arpa(SRILM.splitlines()), "b a b") == pytest.approx(log10_score(model, "bab"))
 
 
-def test_unknown_in_capitals_special_tokens_missing_and_backoff_without_followers():
-    lines = [r"\data\ ".strip(), "ngram 1=2", "ngram 2=1", r"\1-grams:", "-1 <UNK>", "-0.5 a -0.25", r"\2-grams:"]
-    model = WordNGram.from_arpa([*lines, "-0.1 a a -0.125", "\\end\\", "ignored"])
+@pytest.mark.parametrize(("num_trigrams", "weight_of_pair"), [(None, 0), (0, -0.125)])
+def test_unknown_in_capitals_special_tokens_missing_and_backoff_without_followers(num_trigrams, weight_of_pair):
+    lines = ["\\data\\", "ngram 1=2", "ngram 2=1", r"\1-grams:", "-1 <UNK>", "-0.5 a -0.25", r"\2-grams:"]
+    if num_trigrams is not None:
+        lines.insert(3, f"ngram 3={num_trigrams}")
+    lines.append("-0.1 a a -0.125")
+    if num_trigrams is not None:
+        lines.append(r"\3-grams:")
+    model = WordNGram.from_arpa([*lines, "\\end\\", "ignored"])
     assert model.vocabulary == ("<unk>", "<s>", "</s>", "a")
-    # The weight of "a a" counts although nothing follows it.
-    assert log10_score(model, "a a x") == pytest.approx(-0.5 - 0.1 - 0.125 - 0.25 - 1 - 99)
+    # A model of pairs looks one token back, whatever weight a pair has; one of three has the weight of "a a" count,
+    # although nothing follows it.
+    assert log10_score(model, "a a x") == pytest.approx(-0.5 - 0.1 + weight_of_pair - 0.25 - 1 - 99)
+
+
+def test_weights_of_single_tokens_that_nothing_follows_are_left_out():
+    lines = ["\\data\\", "ngram 1=4", r"\1-grams:", "-1 <unk>", "-99 <s> -0.4", "-0.5 </s>", "-0.3 a -0.25", "\\end\\"]
+    assert log10_score(CharacterNGram.from_arpa(lines), "a?") == pytest.approx(-0.3 - 1 - 0.5)
+
+
+def test_blank_among_the_words_of_a_word_model_is_refused():
+    lines = ["\\data\\", "ngram 1=2", r"\1-grams:", "-1 <space>", "-0.5 a", "\\end\\"]
+    with pytest.raises(
+        ValueError, match=r"\['<space>'\] among the 1-grams.*no blank, which word models of PyLaia have"
+    ):
+        WordNGram.from_arpa(lines)
+
+
+def test_packed_arpa_is_written_as_it_is_read(tmp_path):
+    model = WordNGram.train(["a b é", "b d"], 2)
+    for name in ("a.arpa.gz", "b.ARPA.GZ"):
+        model.to_arpa(tmp_path / name)
+        assert gzip.decompress((tmp_path / name).read_bytes()).decode() == arpa_of(model)
+        assert WordNGram.from_arpa(tmp_path / name).vocabulary == model.vocabulary
+    assert (tmp_path / "a.arpa.gz").read_bytes() == (tmp_path / "b.ARPA.GZ").read_bytes()
+
+
+def test_bytes_are_no_text(tmp_path):
+    (tmp_path / "model.arpa").write_text(KENLM)
+    with (
+        (tmp_path / "model.arpa").open("rb") as file,
+        pytest.raises(ValueError, match=r"line 1: .*expected text; open"),
+    ):
+        WordNGram.from_arpa(file)
+    with pytest.raises(ValueError, match=r"Among the texts there is b'ab': expected str"):
+        CharacterNGram.train(["ab", b"ab"], 2)
 
 
 def test_pruned_prefixes_of_several_lengths_change_no_score():

@@ -97,6 +97,12 @@ class TestLexicon:
             Lexicon(["mot"], unknown_price=-1)
         with pytest.raises(ValueError, match="unknown_price = nan"):
             Lexicon(["mot"], unknown_price=math.nan)
+        with pytest.raises(ValueError, match="unknown_price = None"):
+            Lexicon(["mot"], unknown_price=None)
+        with pytest.raises(ValueError, match=r"hot_words is \['mot'\]: expected words with their nats"):
+            Lexicon(hot_words=["mot"])
+        with pytest.raises(ValueError, match="hot word 'mot' has weight None"):
+            Lexicon(hot_words={"mot": None})
         with pytest.raises(ValueError, match="hot word 'mot' has weight inf"):
             Lexicon(hot_words={"mot": math.inf})
         with pytest.raises(ValueError, match="hot word 'mot' has weight -1e\\+300: expected nats from -1e\\+06 to 1e"):

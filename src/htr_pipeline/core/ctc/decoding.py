@@ -162,9 +162,8 @@ def beam_search(
         for each prefix. Compared with enumeration and with a plain version in tests/core/ctc/test_decoding.py.
     """
     lines, blank, num_classes = _checked_lines(log_probs, logit_length, blank_index)
-    for name, value in (("beam_width", beam_width), ("top_paths", top_paths), ("num_threads", num_threads)):
-        if value is not None and (not isinstance(value, int | np.integer) or value < 1):
-            raise ValueError(f"{name} = {value!r}: expected a whole number of at least 1.")
+    beam_width, top_paths = _checked_count("beam_width", beam_width), _checked_count("top_paths", top_paths)
+    num_threads = num_cores() if num_threads is None else min(_checked_count("num_threads", num_threads), num_cores())
     classes = _checked_classes(characters, num_classes, blank)
     language = _language(classes, language_model, alpha, beta, lexicon)
     is_space = _is_space(classes)
@@ -192,7 +191,7 @@ def beam_search(
         ranked = sorted(hypotheses, key=lambda found: (-found.score, len(found.labels), found.labels.tolist()))
         return ranked or [_impossible_line(is_space)]
 
-    return _in_threads(search_line, lines, min(num_threads or num_cores(), num_cores()))
+    return _in_threads(search_line, lines, num_threads)
 
 
 def warm_up() -> None:
@@ -256,11 +255,19 @@ def _num_prefixes(num_frames: int, num_classes: int, limit: int) -> int:
     return min(count, limit)
 
 
+def _checked_count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} = {value!r}: expected a whole number of at least 1.")
+    return int(value)  # NumPy's integers overflow
+
+
 def _checked_lines(
     log_probs: npt.ArrayLike, logit_length: npt.ArrayLike | None, blank_index: int
 ) -> tuple[list[np.ndarray], int, int]:
     """The valid frames of each line, (T_i, K) float64 in C order, the blank as a non-negative class, and K."""
     values = np.asarray(log_probs)
+    if values.dtype.kind == "c":
+        raise ValueError(f"log_probs has dtype {values.dtype}: expected real numbers.")
     if values.ndim != 3 or values.shape[2] == 0:
         raise ValueError(
             f"log_probs has shape {values.shape}: expected (lines, frames, classes) with at least one class. "
@@ -292,7 +299,7 @@ def _checked_lines(
                 "probabilities, which are not above 0. Apply a log-softmax to logits, a logarithm to probabilities; "
                 "for NaN look at the network's weights and input."
             )
-    return lines, blank_index % num_classes, num_classes
+    return lines, int(blank_index) % num_classes, num_classes
 
 
 def _checked_classes(characters: Sequence[str] | None, num_classes: int, blank: int) -> tuple[str, ...] | None:

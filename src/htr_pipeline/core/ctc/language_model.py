@@ -13,6 +13,7 @@ import abc
 import contextlib
 import functools
 import gzip
+import io
 import json
 import math
 import os
@@ -141,6 +142,9 @@ class _NGram(abc.ABC):
         if isinstance(texts, str):
             raise ValueError("texts is one string: expected a list of lines.")
         lines = list(texts)
+        for line in lines:
+            if not isinstance(line, str):
+                raise ValueError(f"Among the texts there is {line!r}: expected str.")
         if not lines:
             raise ValueError("A language model needs at least one text to be trained on, got none.")
         vocabulary = (*_SPECIAL, *sorted(set[str]().union(*map(cls._split, lines)).difference(_SPECIAL)))
@@ -233,7 +237,8 @@ class _NGram(abc.ABC):
 
         Probabilities below 10^-99 count as that. <UNK> is read as <unk>. Special tokens that the file lacks get 10^-99,
         so a model without <unk> all but forbids unknown tokens. Prefixes of n-grams that the file lacks, as pruning
-        leaves them, are put in with the probability that backing off gives them, which changes no score.
+        leaves them, are put in with the probability that backing off gives them, which changes no score. Backoff
+        weights of n-grams of the highest order, as cutting a longer model leaves them, say nothing and are left out.
 
         Args:
             source: a path (.gz is unpacked), an open text file, or lines.
@@ -245,8 +250,7 @@ class _NGram(abc.ABC):
         with contextlib.ExitStack() as stack:
             lines: Iterable[str] = source  # type: ignore[assignment]
             if isinstance(source, str | os.PathLike):
-                opener = gzip.open if Path(source).suffix == ".gz" else open
-                stream = stack.enter_context(opener(source, "rt", encoding="utf-8", newline="\n"))  # type: ignore[operator]
+                stream = stack.enter_context(_opened(source, "rt"))
                 # Some kilobytes of .gz could unpack to one line that no memory holds.
                 lines = iter(lambda: stream.readline(_LONGEST_LINE), "")
             name = _name(source)
@@ -260,7 +264,8 @@ class _NGram(abc.ABC):
         if wrong:
             raise ValueError(
                 f"{name}: {wrong[:5]} among the 1-grams cannot be tokens of a {cls.kind} model. A character model "
-                f"has single characters, and space_token = {space_token!r} for the blank; WordNGram reads words."
+                f"has single characters, and space_token = {space_token!r} for the blank. A word model has what stands "
+                "between blanks, punctuation included: no blank, which word models of PyLaia have."
             )
         vocabulary = (*_SPECIAL, *sorted(set(filter(None, names)).difference(_SPECIAL)))
         index = {token: number for number, token in enumerate(vocabulary)}
@@ -275,7 +280,7 @@ class _NGram(abc.ABC):
         """Writes the model as ARPA, which KenLM, SRILM and PyLaia's decoder read.
 
         Args:
-            file: a path, or a text file open for writing.
+            file: a path (.gz is packed), or a text file open for writing.
             space_token: what to write for the blank of a character model.
 
         Raises:
@@ -293,7 +298,7 @@ class _NGram(abc.ABC):
         first_child = self.trie["first_child"]
         bounds = _level_bounds(first_child)
         bounds += [bounds[-1]] * (self.order + 2 - len(bounds))  # orders that the texts were too short for
-        with _opened(file, "w") as stream:
+        with _opened(file, "wt") as stream:
             stream.write("\\data\\\n")
             for order in range(1, self.order + 1):
                 stream.write(f"ngram {order}={bounds[order + 1] - bounds[order]}\n")
@@ -373,7 +378,7 @@ class WordNGram(_NGram):
 
     Punctuation stays attached because the blank is the only sign at which a beam search knows that a word is complete;
     so the score of a line is the probability of exactly that line, and models made by others from texts that were only
-    split at blanks fit as they are. The price is that "word" and "word," are learnt apart.
+    split at white space, of any kind, fit as they are. The price is that "word" and "word," are learnt apart.
     """
 
     kind = "word"
@@ -400,6 +405,10 @@ class WordNGram(_NGram):
     @staticmethod
     def _is_token(token: str) -> bool:
         return len(token) > 0 and token not in _SPECIAL
+
+    @classmethod
+    def _token_of_name(cls, name: str, space_token: str) -> str | None:
+        return None if name == space_token else super()._token_of_name(name, space_token)
 
 
 def load_language_model(file: File, *, size_limit: int = 2 << 30) -> CharacterNGram | WordNGram:
@@ -630,9 +639,12 @@ def _checked_trie(arrays: dict[str, np.ndarray], vocabulary_size: int, order: in
     if num_children[0] != vocabulary_size:
         raise ValueError(f"{num_children[0]} single tokens for a vocabulary of {vocabulary_size}")
     trie = _trie(token, num_children, log_prob, backoff)
-    depth = len(_level_bounds(trie["first_child"])) - 2
+    bounds = _level_bounds(trie["first_child"])
+    depth = len(bounds) - 2
     if depth > order:
         raise ValueError(f"n-grams of {depth} tokens in a model of order {order}")
+    if depth == order and backoff[bounds[order] :].any():
+        raise ValueError("backoff weights of the longest n-grams")
     return trie
 
 
@@ -659,6 +671,8 @@ class _ArpaParser:
     def read(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.line_number += 1
+            if not isinstance(line, str):
+                raise self._failure(repr(line), "text; open the file with encoding='utf-8'")
             if len(line) >= _LONGEST_LINE:
                 raise self._failure(line, f"lines of less than {_LONGEST_LINE} characters")
             if self.line_number == 1:
@@ -726,7 +740,7 @@ class _ArpaParser:
         except KeyError as exc:
             raise self._failure(line, f"tokens that are among the 1-grams: {exc} is not") from None
         section.log_probs.append(min(log_prob, 0.0))
-        section.backoffs.append(backoff)
+        section.backoffs.append(backoff if length < len(self._counts or []) else 0.0)
         section.line_numbers.append(self.line_number)
 
     def _number(self, field: str) -> float:
@@ -778,11 +792,22 @@ class _ArpaParser:
 
 @contextlib.contextmanager
 def _opened(file: File, mode: str) -> Iterator[IO[Any]]:
-    if isinstance(file, str | os.PathLike):
-        with Path(file).open(mode, encoding=None if "b" in mode else "utf-8") as stream:
-            yield stream
-    else:
+    """Text has line ends of one character; a path that ends in .gz is that of a packed text."""
+    if not isinstance(file, str | os.PathLike):
         yield file
+    elif "b" in mode:
+        with Path(file).open(mode) as stream:
+            yield stream
+    elif Path(file).suffix.lower() != ".gz":
+        with Path(file).open(mode, encoding="utf-8", newline="\n") as stream:
+            yield stream
+    else:  # without name and time, so that equal models are equal files
+        with (
+            Path(file).open(mode.replace("t", "b")) as packed,
+            gzip.GzipFile("", mode.replace("t", "b"), fileobj=packed, mtime=0) as unpacked,
+            io.TextIOWrapper(unpacked, encoding="utf-8", newline="\n") as stream,
+        ):
+            yield stream
 
 
 def _name(source: object) -> str:

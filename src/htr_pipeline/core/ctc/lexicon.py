@@ -1,6 +1,7 @@
 """Words that a decoder may or should write, and the trie by which it follows their spelling."""
 
 import math
+import numbers
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -111,15 +112,17 @@ class Lexicon:
     ) -> None:
         if isinstance(words, str):
             raise ValueError("words is one string: expected a list of words.")
-        if not unknown_price >= 0:
+        if not isinstance(unknown_price, numbers.Real) or not unknown_price >= 0:
             raise ValueError(f"unknown_price = {unknown_price}: expected nats of at least 0; math.inf forbids.")
-        self.unknown_price = float(unknown_price)
+        self.unknown_price: float = float(unknown_price)
         self._weights: dict[str, float] = {}
         for word in words:
             self._weights[self._checked(word)] = 0.0
         hot: dict[str, str] = {}
+        if not isinstance(hot_words, Mapping):
+            raise ValueError(f"hot_words is {hot_words!r}: expected words with their nats, such as {{'Verdun': 3.0}}.")
         for word, weight in hot_words.items():
-            if not abs(weight) <= _LARGEST_WEIGHT:
+            if not isinstance(weight, numbers.Real) or not abs(weight) <= _LARGEST_WEIGHT:
                 raise ValueError(
                     f"hot word {word!r} has weight {weight}: expected nats from {-_LARGEST_WEIGHT:g} to "
                     f"{_LARGEST_WEIGHT:g}."
