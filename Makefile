@@ -19,6 +19,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -c 'from htr_pipeline.core.ctc.decoding import warm_up; warm_up()' # compiled now, no search waits for it
 	@touch $@
 
 run: $(INSTALLED) ## the main job on the demo data: from rendered handwriting to a registered recogniser and a report

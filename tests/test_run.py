@@ -346,7 +346,7 @@ def test_a_folder_of_lines_goes_through_everything_and_the_champion_reads_its_te
         shutil.copy2(demo / row.image, folder / f"{row.id}.png")
         (folder / f"{row.id}.gt.txt").write_text(row.text + "\n", encoding="utf-8")
     (project / "my_lines" / "broken.png").write_bytes(b"no image")
-    output = succeed(project, "--params", "source.path=my_lines,source.format=lines,training.epochs=1")
+    output = succeed(project, "--params", "source.path=my_lines,training.epochs=1")
     assert "it reads the present ones" in output
     paths = catalog(project)
     manifest = pd.read_parquet(paths["manifest"])
@@ -541,8 +541,8 @@ def test_mistyped_names_are_named_without_a_traceback(tmp_path, option, value, m
 
 
 def test_source_that_does_not_exist_stops_with_a_sentence_and_a_failed_mlflow_run(project):
-    done = kedro_run(project, "--params", "source.path=nowhere,source.format=lines")
+    done = kedro_run(project, "--params", "source.path=nowhere")
     assert done.returncode != 0
-    assert "nowhere" in done.stderr
+    assert "source.path = 'nowhere': there is no such file or folder" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert [run.info.status for run in mlflow_runs(project)] == ["FAILED", "FINISHED"]

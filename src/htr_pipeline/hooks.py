@@ -283,6 +283,6 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
         f"  xdg-open {place('report')}    # look at it (macOS: open)",
         "  make ui    # runs and models in MLflow, on http://127.0.0.1:5000",
         "  make serve    # the model as a service",
-        '  .venv/bin/kedro run --env finetune --params "source.path=FOLDER,source.format=auto"    # your lines',
+        "  .venv/bin/kedro run --env finetune --params source.path=FOLDER    # your lines",
     ]
     sys.stdout.write("\n".join(lines) + "\n")

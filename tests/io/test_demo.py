@@ -161,7 +161,7 @@ def test_complete_folder_is_kept_and_other_settings_replace_it(small, tmp_path):
 
 def test_folder_of_someone_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"holds other files.*source\.format=auto"):
+    with pytest.raises(UserError, match=r"holds other files.*say by source\.format what these files are"):
         render_demo(tmp_path, DemoConfig(**SMALL), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -38,6 +38,7 @@ from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, to_table
 
 logger = logging.getLogger(__name__)
 
+DEMO_FOLDER = "data/01_raw/demo"  # where the demo is rendered, unless another format is asked for
 # Pages decoded at the same time; one takes up to half a gigabyte.
 _MAX_THREADS = 8
 _PARTS_A_THREAD = 16
@@ -49,10 +50,11 @@ _LINES = MANIFEST.set(MANIFEST.get_field_index("split"), pa.field("split", pa.st
 class SourceConfig:
     """Where the lines come from and how they are read.
 
-    A column name of null is guessed from the usual names; an empty name says that there is no such column.
+    A column name of null is guessed from the usual names; an empty name says that there is no such column. The default
+    path is that of the demo, so a path of one's own is all that takes its place.
     """
 
-    path: str = setting(default="data/01_raw/demo")
+    path: str = setting(default=DEMO_FOLDER)
     format: str = setting(default="auto", choices=("auto", "lines", "table", "page", "alto", "iam", "demo"))
     image_column: str | None = setting(default=None)
     text_column: str | None = setting(default=None)
@@ -70,6 +72,8 @@ class SourceConfig:
     test_share: float = setting(default=0.1, minimum=0.01, maximum=0.4)
 
     def __post_init__(self) -> None:
+        if self.format == "auto" and self.path == DEMO_FOLDER:
+            object.__setattr__(self, "format", "demo")
         if self.writer_pattern is None:
             return
         try:

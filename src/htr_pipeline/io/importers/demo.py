@@ -133,7 +133,8 @@ def render_demo(folder: str | Path, config: DemoConfig, progress: bool = True) -
         if not (folder / _RECORD).exists():
             raise UserError(
                 f"demo folder {str(folder)!r} holds other files, and the demo data would replace them: "
-                "give source.path another folder, or read these files with source.format=auto."
+                "give source.path another folder, or say by source.format what these files are (lines, table, page, "
+                "alto, iam)."
             )
         if (folder / _RECORD).read_text(encoding="utf-8") == record:
             logger.info("%s: the demo data is already there.", folder)
