@@ -9,7 +9,7 @@ from htr_pipeline.core.ctc.decoding import beam_search, line_confidence
 from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
 from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.recipe import DecodingConfig, ModelConfig
-from htr_pipeline.core.text import Charset
+from htr_pipeline.core.text import Charset, visual_text
 
 pytest.importorskip("keras")
 
@@ -121,3 +121,29 @@ def test_three_looks_are_the_mean_of_a_line_as_it_is_and_moved_by_a_sixteenth(mo
         mean = np.mean([log_probs[index] for log_probs in once], axis=0)
         np.testing.assert_allclose(found, mean - np.log(np.exp(mean).sum(axis=1, keepdims=True)), atol=1e-5)
         assert len(found) == num_frames(lines[index].pixels.shape[0])
+
+
+def test_text_from_right_to_left_is_read_in_the_order_in_which_it_is_typed(model):
+    charset = Charset(" אבגד1")
+    right_to_left = "אב 11 גד"  # of seven classes, as the other charset
+    labels = charset.encode(right_to_left)
+    frames = np.full((2 * len(labels), charset.num_classes), 1e-3)
+    frames[np.arange(0, len(frames), 2), labels] = np.linspace(0.5, 0.9, len(labels))  # surer and surer to the right
+    frames[np.arange(1, len(frames), 2), charset.blank_index] = 1.0
+    log_probs = np.log(frames / frames.sum(axis=1, keepdims=True)).astype(np.float32)
+    known = CharacterNGram.train([visual_text(right_to_left)], order=3)
+    for decoding in (DecodingConfig(decoder="greedy"), DecodingConfig(decoder="beam"), BEAM_LM):
+        lexicon = decoding.build_lexicon(["אב", "גד"], charset)
+        (reading,) = Network(model, charset).decode([log_probs], decoding, known, lexicon)
+        assert reading.text == right_to_left
+        assert [character for character, *_ in reading.characters] == list(right_to_left)
+        starts = [start for _, start, _, _ in reading.characters]
+        assert starts == [14, 12, 10, 6, 8, 4, 2, 0]  # the number runs to the right
+        assert reading.characters[0][3] == max(confidence for *_, confidence in reading.characters)
+
+
+def test_words_from_right_to_left_are_known_and_wanted_in_visual_order():
+    decoding = DecodingConfig(decoder="beam_lm", unknown_word_price=2.0, hot_words={"גד": 3.0})
+    lexicon = decoding.build_lexicon(["אב"], Charset(" אבגד1"))
+    assert lexicon.score(visual_text("אב גד 11")) == 3.0
+    assert lexicon.score("אב גד 11") == -4.0

@@ -1,10 +1,19 @@
+import random
 import unicodedata
 
 import numpy as np
 import pytest
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.core.text import UNICODE_FORMS, Charset, normalise_text, required_frames, unicode_form_of
+from htr_pipeline.core.text import (
+    UNICODE_FORMS,
+    Charset,
+    normalise_text,
+    required_frames,
+    unicode_form_of,
+    visual_order,
+    visual_text,
+)
 
 
 class TestNormaliseText:
@@ -93,3 +102,54 @@ class TestCharset:
 
 def test_an_extended_charset_keeps_every_class():
     assert Charset("ba").extended(["abc", "cd"]).characters == ("b", "a", "c", "d")
+
+
+class TestVisualOrder:
+    # Text as it is typed, and what stands on the line from left to right. Both as lists of pieces, since editors show
+    # text in two directions each in their own way.
+    @pytest.mark.parametrize(
+        ("text", "line"),
+        [
+            (["A word, and 12."], ["A word, and 12."]),
+            (["1914-1918"], ["1914-1918"]),
+            (["א", "ב", " ", "ג"], ["ג", " ", "ב", "א"]),
+            (["א", " ", "1914-1918", ".", "ב"], ["ב", ".", "1914-1918", " ", "א"]),
+            (["ا", " ", "١٢/٥/١٩٢٠", " ", "ب"], ["ب", " ", "١٢/٥/١٩٢٠", " ", "ا"]),
+            (["ا", " ", "١٩١٤", "-", "١٩١٨"], ["١٩١٨", "-", "١٩١٤", " ", "ا"]),
+            (
+                ["א", "ב", "ג", " ", "of 2", " ", "12", " ", "34"],
+                ["34", " ", "12", " ", "2", " ", "of", " ", "ג", "ב", "א"],
+            ),
+            (["א", "ב", "ג", "ד", " ", "AB c", " ", "ה"], ["ה", " ", "AB c", " ", "ד", "ג", "ב", "א"]),
+            (
+                ["Hello ", "א", "ב", " ", "12", " ", "ג", ", world."],
+                ["Hello ", "ג", " ", "12", " ", "ב", "א", ", world."],
+            ),
+            (["ש", "\u05b0", "ל"], ["ל", "\u05b0", "ש"]),
+            ([], []),
+        ],
+    )
+    def test_lines_are_learnt_as_they_stand_and_read_as_they_are_typed(self, text, line):
+        text, line = "".join(text), "".join(line)
+        assert visual_text(text) == line
+        assert visual_text(line) == text
+
+    def test_it_undoes_itself_whatever_the_text(self):
+        rng = random.Random(1)
+        alphabet = "אבגدرسaéb 12٣٤./:,-()%!\u05b0\u0651\u0301\u00a0"
+        for _ in range(20_000):
+            text = "".join(rng.choices(alphabet, k=rng.randint(0, 14)))
+            order = visual_order(text)
+            assert sorted(order) == list(range(len(text)))
+            assert visual_text(visual_text(text)) == text
+            assert visual_text(text) == "".join(text[place] for place in order)
+
+    def test_classes_stand_from_left_to_right_and_give_the_text_back(self):
+        charset = Charset("אבג 12")
+        labels = charset.encode("אב 12")
+        assert labels.tolist() == [4, 5, 3, 1, 0]
+        assert charset.decode(labels) == "אב 12"
+
+    def test_neighbours_are_those_on_the_line(self):
+        assert required_frames("א1 1ב") == 5
+        assert required_frames("אא1") == 4

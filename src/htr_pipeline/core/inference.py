@@ -17,7 +17,7 @@ from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
 from htr_pipeline.core.ctc.lexicon import Lexicon
 from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.recipe import DecodingConfig
-from htr_pipeline.core.text import Charset
+from htr_pipeline.core.text import Charset, visual_order
 
 # Of these best readings of a line, the share of the first tells how clearly a language model decided for it.
 _READINGS_COMPARED = 10
@@ -30,8 +30,9 @@ class Reading:
     Attributes:
         text: the hypothesis.
         confidence: 0 to 1, of the whole line; calibrated, the probability that it is read without an error.
-        characters: (character, first frame, frame after the last, confidence) of each character; calibrated, the
-            confidence is the probability that the character is right.
+        characters: (character, first frame, frame after the last, confidence) of each character of the text, in its
+            order, so that frames fall where text runs from right to left; calibrated, the confidence is the
+            probability that the character is right.
     """
 
     text: str
@@ -99,7 +100,7 @@ class Network:
         Args:
             log_probs: as returned by the method of that name.
             decoding: which decoder; with beam_lm alpha and beta are set.
-            language_model: for beam_lm.
+            language_model: for beam_lm; knows texts in visual order.
             lexicon: for beam_lm, as decoding.build_lexicon makes it.
         """
         if not log_probs:
@@ -136,9 +137,11 @@ class Network:
 
     def _reading(self, hypotheses: list[Hypothesis], of_line: Calibration, of_characters: Calibration) -> Reading:
         best = hypotheses[0]
-        text = self._charset.decode(best.labels)
+        written = "".join(self._charset.characters[label] for label in best.labels)
         confidences = of_characters(best.confidences).tolist()
-        characters = list(zip(text, *best.frame_spans.T.tolist(), confidences, strict=True))
+        characters = list(zip(written, *best.frame_spans.T.tolist(), confidences, strict=True))
+        characters = [characters[place] for place in visual_order(written)]
+        text = "".join(character for character, *_ in characters)
         return Reading(text, float(of_line(line_confidence(best) * _share_of_first(hypotheses))), characters)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.ctc.lexicon import Lexicon
-from htr_pipeline.core.text import Charset, normalise_text
+from htr_pipeline.core.text import Charset, normalise_text, visual_text
 
 
 @config("model")
@@ -90,17 +90,17 @@ class DecodingConfig:
             raise UserError(f"decoding.hot_words: {exc}") from None
 
     def build_lexicon(self, words: Iterable[str], charset: Charset) -> Lexicon | None:
-        """Lexicon and hot words as beam_search takes them; None where there are neither.
+        """Lexicon and hot words as beam_search takes them, in visual order; None where there are neither.
 
         Args:
             words: the known words; not looked at where the lexicon is off.
             charset: of the network.
         """
-        hot_words = self.normalised_hot_words(charset)
+        hot_words = {visual_text(word): weight for word, weight in self.normalised_hot_words(charset).items()}
         if self.lexicon in ("off", False):
             return Lexicon(unknown_price=0.0, hot_words=hot_words) if hot_words else None
         price = math.inf if self.lexicon == "strict" else self.unknown_word_price
-        return Lexicon(words, unknown_price=price, hot_words=hot_words)
+        return Lexicon(map(visual_text, words), unknown_price=price, hot_words=hot_words)
 
     def normalised_hot_words(self, charset: Charset) -> dict[str, float]:
         """As the network writes them: a decomposed é would never be found where it writes composed ones."""

@@ -1,6 +1,7 @@
 """Transcriptions as code points and as CTC labels."""
 
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,14 @@ import numpy as np
 from htr_pipeline.core.config import UserError
 
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+# The blocks that Unicode keeps for scripts written from right to left: Hebrew, Arabic, Syriac, Thaana and others.
+_RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff]")
+# Unicode's bidirectional classes as letters: Right, Left, European and Arabic Numbers, Blanks, separators (CS), Other.
+_KINDS = {"R": "R", "AL": "R", "L": "L", "EN": "N", "AN": "A", "WS": "B", "B": "B", "S": "B", "CS": "C"}
+# What keeps its order within text from right to left: words from left to right with what joins them, and numbers.
+# Arabic numbers are not joined by hyphens: years "from - to" stand in the order of the text.
+_KEPT = re.compile("L[^R]*L|L|A(?:C?A)*|N(?:[CO]?N)*")
+_TURNED = re.compile("R[^L]*R|R")  # what is turned round within text from left to right
 
 
 def normalise_text(text: str, unicode_form: str = "NFC") -> str:
@@ -23,6 +32,51 @@ def normalise_text(text: str, unicode_form: str = "NFC") -> str:
     return " ".join(unicodedata.normalize(unicode_form, text).split())  # type: ignore[arg-type]
 
 
+def visual_order(text: str) -> list[int]:
+    """The places of the characters of a text in the order in which they stand on the line, from left to right.
+
+    Text is kept as it is read and typed; frames run from left to right. So a line in Arabic or Hebrew is learnt and
+    decoded in visual order. The way back is the same: the order of the text in visual order. A line runs from right to
+    left if most of its letters do, on which both orders agree. Numbers and words of the other direction keep their
+    order; brackets are not mirrored.
+
+    Args:
+        text: a line; a word of it gives the same order.
+
+    Source: after the Unicode Bidirectional Algorithm (UAX 9), which cannot be undone where text has both directions.
+    """
+    places = list(range(len(text)))
+    if not _RIGHT_TO_LEFT.search(text):  # nearly always
+        return places
+    kinds = "".join(map(_kind, text))
+    if kinds.count("R") >= kinds.count("L"):
+        return _turned(kinds, 0, len(text))
+    for run in _TURNED.finditer(kinds):
+        places[run.start() : run.end()] = _turned(kinds, *run.span())
+    return places
+
+
+def _kind(character: str) -> str:
+    kind = unicodedata.bidirectional(character)
+    if kind == "NSM":  # a mark stands with the letters of its script
+        return "R" if _RIGHT_TO_LEFT.match(character) else "L"
+    return _KINDS.get(kind, "O")
+
+
+def _turned(kinds: str, start: int, end: int) -> list[int]:
+    places = list(range(start, end))
+    for kept in _KEPT.finditer(kinds, start, end):
+        places[kept.start() - start : kept.end() - start] = reversed(range(*kept.span()))
+    return places[::-1]
+
+
+def visual_text(text: str) -> str:
+    """A text in visual order, or such a text as it is read again."""
+    if not _RIGHT_TO_LEFT.search(text):
+        return text
+    return "".join(text[place] for place in visual_order(text))
+
+
 def unicode_form_of(texts: Sequence[str]) -> str:
     """The first of UNICODE_FORMS that all the texts are in, or mixed."""
     forms = (form for form in UNICODE_FORMS if all(unicodedata.is_normalized(form, text) for text in texts))  # type: ignore[arg-type]
@@ -31,7 +85,7 @@ def unicode_form_of(texts: Sequence[str]) -> str:
 
 def required_frames(text: str) -> int:
     """Fewest frames that can hold the text under CTC: its length plus one blank between equal neighbours."""
-    return len(text) + sum(left == right for left, right in pairwise(text))
+    return len(text) + sum(left == right for left, right in pairwise(visual_text(text)))
 
 
 class Charset:
@@ -113,7 +167,7 @@ class Charset:
         return "".join(sorted(set(text) - self._index.keys()))
 
     def encode(self, text: str) -> np.ndarray:
-        """(len(text),) int32 classes.
+        """(len(text),) int32 classes, in visual order.
 
         Raises:
             UserError: the text has a character that the charset lacks.
@@ -121,8 +175,8 @@ class Charset:
         unknown = self.unknown(text)
         if unknown:
             raise UserError(f"{text!r} has characters that the charset of {len(self)} lacks: {unknown!r}.")
-        return np.array([self._index[character] for character in text], dtype=np.int32)
+        return np.array([self._index[character] for character in visual_text(text)], dtype=np.int32)
 
     def decode(self, labels: Iterable[int]) -> str:
-        """Text of a sequence of classes without blanks."""
-        return "".join(self.characters[label] for label in labels)
+        """Text of a sequence of classes in visual order, without blanks."""
+        return visual_text("".join(self.characters[label] for label in labels))

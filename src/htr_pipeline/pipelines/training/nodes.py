@@ -23,7 +23,7 @@ from htr_pipeline.core.batching import Line
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.ctc.lexicon import bare_word
 from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
-from htr_pipeline.core.text import Charset
+from htr_pipeline.core.text import Charset, visual_text
 from htr_pipeline.io.checkpoints import FileCheckpoints
 from htr_pipeline.io.features import FeatureShards
 from htr_pipeline.io.manifest import HISTORY, to_table
@@ -72,7 +72,10 @@ def collect_charset(features: FeatureShards, training: TrainingConfig, checkpoin
 
 
 def train_language_model(features: FeatureShards, language_model: LanguageModelConfig) -> Any:
-    """Features → language_model: n-grams of the training texts and of more texts if there are, or those of a file."""
+    """Features → language_model: n-grams of the training texts and of more texts if there are, or those of a file.
+
+    They are n-grams of texts in visual order; a file of others is of no use for text from right to left.
+    """
     from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
 
     kind = {"character": CharacterNGram, "word": WordNGram}[language_model.kind]
@@ -86,9 +89,14 @@ def train_language_model(features: FeatureShards, language_model: LanguageModelC
                 "%s has no %r, so the model knows no blanks. language_model.space_token says how it writes them.",
                 language_model.arpa, language_model.space_token,
             )  # fmt: skip
+        if any(visual_text(text) != text for text in _training_texts(features)):
+            logger.warning(
+                "There are texts from right to left, whose language model is one of texts in visual order "
+                "(htr_pipeline.core.text.visual_text). %s has to be such a one.", language_model.arpa,
+            )  # fmt: skip
         source = language_model.arpa
     else:
-        texts = _known_texts(features, language_model)
+        texts = list(map(visual_text, _known_texts(features, language_model)))
         model = kind.train(texts) if language_model.order is None else kind.train(texts, language_model.order)
         source = f"{len(texts)} lines"
     logger.info("Language model of %ss, order %d, of %s: %d n-grams.",
