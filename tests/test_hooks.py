@@ -1,9 +1,14 @@
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.pipeline import Node, Pipeline
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.hooks import LockHook
+from htr_pipeline.hooks import CheckpointHook, LockHook
+from htr_pipeline.io.checkpoints import FileCheckpoints
+from htr_pipeline.pipelines.training.nodes import CheckpointConfig
 
 
 @pytest.mark.parametrize("end", ["after_pipeline_run", "on_pipeline_error"])
@@ -17,3 +22,23 @@ def test_lock_is_free_again_after_the_run_however_it_ends(tmp_path, end):
     getattr(first, end)()
     second.before_pipeline_run()
     getattr(second, end)()
+
+
+@pytest.mark.parametrize(
+    ("output", "fingerprint", "ended_by", "stays"),
+    [
+        ("history", "new", "epochs", False),
+        ("history", "new", "interrupt", True),  # the same command goes on
+        ("history", "old", "epochs", True),  # an old history, the checkpoint is of another training
+        ("report", "new", "epochs", True),  # no training in this run
+    ],
+)
+def test_checkpoint_of_a_complete_training_is_removed_after_the_run(tmp_path, output, fingerprint, ended_by, stays):
+    path = tmp_path / "checkpoint.npz"
+    FileCheckpoints(path, "new").save({}, {})
+    history = pa.table({}).replace_schema_metadata({"ended_by": ended_by, "fingerprint": fingerprint})
+    given = {"history": history, "params:checkpoint": CheckpointConfig(path=str(path))}
+    catalog = DataCatalog({name: MemoryDataset(data, copy_mode="assign") for name, data in given.items()})
+    pipeline = Pipeline([Node(lambda: None, None, output)])
+    CheckpointHook().after_pipeline_run(pipeline, catalog)
+    assert path.exists() is stays

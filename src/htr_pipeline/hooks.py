@@ -24,6 +24,7 @@ from kedro.pipeline import Pipeline
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import DECODERS
 from htr_pipeline.io.atomic import replacing
+from htr_pipeline.io.checkpoints import FileCheckpoints
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,24 @@ class LockHook:
     def on_pipeline_error(self) -> None:
         """Frees the lock."""
         self._lock.release()
+
+
+class CheckpointHook:
+    """Removes the checkpoint of a complete training once the run that it belongs to has ended.
+
+    What fails or is killed behind the training does not cost the training: the same command takes it up as it ended.
+    """
+
+    @hook_impl
+    def after_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Model and history are on disk. A checkpoint of another training stays: the history may be an old one."""
+        if "history" not in pipeline.all_outputs():
+            return
+        metadata = catalog.load("history").schema.metadata or {}
+        # Of several workers only the chief knows that its files are written.
+        if metadata.get(b"ended_by") != b"interrupt" and metadata.get(b"is_chief") != b"False":
+            path = Path(catalog.load("params:checkpoint").path)
+            FileCheckpoints(path, metadata.get(b"fingerprint", b"").decode()).clear()
 
 
 class MlflowHook:

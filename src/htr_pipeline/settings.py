@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 
-from htr_pipeline.hooks import LockHook, MlflowHook, SettingsHook
+from htr_pipeline.hooks import CheckpointHook, LockHook, MlflowHook, SettingsHook
 
 # Nothing that is used here reports to anyone, TensorFlow's notes on the processor are not for users, and in a log file
 # a bar needs no line ten times a second. tqdm reads its variable when it is imported: by the pipelines, later.
@@ -21,7 +21,7 @@ for _name, _value in {
 # Kedro 1.7 with OmegaConf 2.4: nothing that a user could change.
 warnings.filterwarnings("ignore", message="register_new_resolver")
 
-HOOKS = (LockHook(), SettingsHook(), MlflowHook())  # of two that want to be first, the later one is
+HOOKS = (LockHook(), SettingsHook(), CheckpointHook(), MlflowHook())  # of two that want to be first, the later one is
 
 # One environment overrides single keys of a block, not the whole block.
 CONFIG_LOADER_ARGS = {

@@ -105,6 +105,12 @@ def test_a_loss_above_guessing_or_far_above_the_lowest_has_exploded():
     assert [verdict.kind for verdict in watch([GOOD, GOOD._replace(loss=301.0)])] == ["learning", "exploded"]
 
 
+def test_lines_known_by_heart_may_lose_ten_times_as_much_again():
+    low = [GOOD._replace(loss=31 * loss) for loss in (0.03, 0.3, 1.4)]
+    assert {verdict.kind for verdict in watch(low)} == {"learning"}
+    assert watch([low[0], GOOD._replace(loss=31 * 1.6)])[1].kind == "exploded"
+
+
 def test_steep_gradients_have_exploded_but_one_steep_batch_has_not():
     steep = BLANK._replace(gradient_norm=1e5)
     assert watch([BLANK] * 29 + [steep], CollapseMonitor(plateau_steps=600))[-1].kind == "plateau"
@@ -121,7 +127,6 @@ def test_gradients_that_are_not_finite_explode_at_the_third_in_a_row():
     ("change", "kind", "words"),
     [
         ({"unfit": ["page-7"]}, "labels_do_not_fit", "'page-7'"),
-        ({"frames": 2000, "blanks": 2000}, "padded_widths", "65 frames for each character"),
         ({"probabilities": True}, "softmax_twice", "probabilities, not logits"),
     ],
 )
@@ -131,6 +136,15 @@ def test_faults_of_the_data_are_named_at_once_and_no_rate_helps(change, kind, wo
     assert words in verdict.sentence
     assert verdict.failed
     assert not verdict.rate_may_help
+
+
+def test_wide_lines_are_the_fault_only_once_the_loss_stands_still():
+    verdicts = watch([BLANK._replace(frames=2000, blanks=2000)] * 20)
+    assert {verdict.kind for verdict in verdicts[:-1]} == {"plateau"}
+    assert "65 frames for each character instead of 3 to 10, which may be why" in verdicts[0].sentence
+    assert verdicts[-1].kind == "padded_widths"
+    assert verdicts[-1].failed
+    assert not verdicts[-1].rate_may_help
 
 
 def test_a_few_lines_that_do_not_fit_are_no_failure():

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from htr_pipeline.core.splits import assign_splits, parse_split
+from htr_pipeline.core.splits import assign_splits, parse_split, with_validation
 
 SPLITS = {"train", "validation", "test"}
 
@@ -76,6 +76,27 @@ def test_lines_without_a_writer_rule_are_warned_about():
     assert "Every line counts as a writer of its own" in warnings[0]
     assert "source.writer_pattern" in warnings[0]
     assert assign_splits(line_ids, line_ids, ["train"] * 50)[1] == []
+
+
+@pytest.mark.parametrize(("num_writers", "kind"), [(12, "writers"), (2, "writers"), (1, "lines")])
+def test_validation_lines_are_taken_out_of_the_training_lines_where_there_are_none(num_writers, kind):
+    line_ids, writer_ids = lines_of([f"w{index % (num_writers + 3)}" for index in range(10 * (num_writers + 3))])
+    splits = ["train" if int(writer_id[1:]) < num_writers else "test" for writer_id in writer_ids]
+    dealt, warnings = with_validation(line_ids, writer_ids, splits)
+    assert [(old, new) for old, new in zip(splits, dealt, strict=True) if old != new] == [
+        ("train", "validation")
+    ] * dealt.count("validation")
+    assert set(dealt) == {"train", "validation", "test"}
+    assert f"{dealt.count('validation')} of the {splits.count('train')} training lines" in warnings[0]
+    assert f"{num_writers if kind == 'writers' else splits.count('train')} {kind}, are taken" in warnings[0]
+    if kind == "writers":
+        assert len(set(zip(writer_ids, dealt, strict=True))) == num_writers + 3
+
+
+@pytest.mark.parametrize("splits", [["train", "validation", "test"], ["train"] * 2, ["test"] * 2, ["train", "test"]])
+def test_other_splits_stay_as_they_are(splits):
+    line_ids = [f"line{index}" for index in range(len(splits))]
+    assert with_validation(line_ids, line_ids, splits) == (splits, [])
 
 
 def test_no_lines_give_no_splits():

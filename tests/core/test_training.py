@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import cv2
 import numpy as np
@@ -171,6 +172,49 @@ def test_distortions_are_weaker_in_the_last_fifth():
 def test_the_clock_can_end_training():
     ended = run(config=dataclasses.replace(CONFIG, epochs=10_000, max_minutes=0.05))
     assert 1 <= len(ended.history) < 10_000
+    assert ended.ended_by == "clock"
+
+
+def test_a_clock_takes_the_place_of_epochs():
+    from htr_pipeline.core.training import TrainingState, _done, _end
+
+    state = TrainingState(epoch=5, step=100, elapsed_seconds=15.0)
+    by_clock, by_epochs = (dataclasses.replace(CONFIG, epochs=1, max_minutes=minutes) for minutes in (1.0, None))
+    assert (_done(state, 20, by_clock), _done(state, 20, by_epochs)) == (0.25, 1.0)
+    assert [_end(state, _done(state, 20, config), config) for config in (by_clock, by_epochs)] == ["", "epochs"]
+    state.elapsed_seconds = 61.0
+    assert _end(state, _done(state, 20, by_clock), by_clock) == "clock"
+
+
+@pytest.mark.parametrize(
+    ("num_lines", "batch_size", "num_replicas", "expected"),
+    [(17, 16, 1, 10), (40, 16, 1, 14), (16, 16, 1, 16), (3, 16, 1, 4), (1, 1, 1, 1), (257, 16, 1, 16), (17, 16, 4, 12)],
+)
+def test_batches_of_a_small_set_are_filled_evenly(num_lines, batch_size, num_replicas, expected):
+    from htr_pipeline.core.training import _even_batch_size
+
+    assert _even_batch_size(num_lines, batch_size, num_replicas) == expected
+
+
+def test_a_size_of_batches_never_changes_their_number():
+    from htr_pipeline.core.training import _even_batch_size
+
+    for batch_size in (1, 2, 5, 8, 16):
+        for num_lines in range(1, 300):
+            size = _even_batch_size(num_lines, batch_size, 1)
+            assert 1 <= size <= batch_size
+            assert math.ceil(num_lines / size) == math.ceil(num_lines / batch_size)
+
+
+def test_the_network_to_start_from_is_kept_where_no_epoch_is_better():
+    learnt = run(config=dataclasses.replace(CONFIG, epochs=25, learning_rate=5e-3, checkpoint_seconds=60.0), lines=160)
+    weights, progress = learnt.model.get_weights(), Silent()
+    spoilt = dataclasses.replace(CONFIG, epochs=1, learning_rate=0.5, start_from="learnt")
+    kept = run(model=learnt.model, config=spoilt, progress=progress)
+    assert kept.best_cer == pytest.approx(learnt.best_cer)
+    assert len(kept.history) == 1
+    assert all(map(np.array_equal, kept.model.get_weights(), weights))
+    assert "No epoch was better than the network that training started from" in progress.warnings[-1]
 
 
 def test_no_lines_are_an_error():
@@ -217,7 +261,7 @@ def test_widths_that_count_padding_are_named():
     lines = [drawn(index) for index in range(16)]
     lines = [line._replace(pixels=np.pad(line.pixels, [(0, 1000), (0, 0)])) for line in lines]
     with pytest.raises(UserError, match=r"frames for each character instead of 3 to 10.*Widths that count padding"):
-        run(config=STOP, training=lines)
+        run(config=dataclasses.replace(STOP, learning_rate=0.0), training=lines)
 
 
 def test_a_network_whose_blank_is_a_character_is_named_before_the_first_step():
@@ -383,4 +427,4 @@ def test_a_batch_of_other_characters_is_named():
 def test_a_batch_that_gets_no_time_says_so():
     passed, sentence = check([drawn(index) for index in range(6)], max_seconds=0.0)
     assert not passed
-    assert "in 0 steps" in sentence
+    assert "There was time for 0 steps only" in sentence

@@ -487,6 +487,16 @@ def test_shuffled_lines_come_once_each_and_in_the_same_order_for_the_same_seed(t
     assert ids(1) != ids(2)
 
 
+def test_as_many_lines_as_wanted_are_spread_over_a_split(tmp_path, manifest):
+    features = save(tmp_path / "features", manifest)
+    lines = [line.line_id for line in features.lines("train")]
+    for most in range(1, len(lines) + 3):
+        spread = [line.line_id for line in features.spread("train", most)]
+        assert len(spread) == min(most, len(lines))
+        assert spread == [line_id for line_id in lines if line_id in spread]
+    assert lines[0] in spread
+
+
 def test_data_hash_follows_texts_images_and_splits(tmp_path, manifest):
     features = save(tmp_path / "features", manifest)
     rows = manifest.to_pylist()

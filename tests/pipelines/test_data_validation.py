@@ -587,6 +587,17 @@ def test_several_sources_keep_their_ids_apart_and_have_rules_of_their_own(tmp_pa
     assert id_prefixes(manifest) == {"a": "a/", "b": "b/"}
 
 
+def test_validation_lines_come_out_of_the_training_lines_if_no_source_has_any(tmp_path):
+    entries = two_sources(tmp_path)
+    entries["a"]["split"] = "train"
+    manifest, _, notes = import_sources(SourceConfig(), SourcesConfig(**entries), DemoConfig())
+    frame = manifest.to_pandas()
+    assert set(frame[frame["source"] == "a"]["split"]) == {"train", "validation"}
+    assert set(frame[frame["source"] == "b"]["split"]) == {"test"}
+    assert manifest.schema.equals(MANIFEST)
+    assert "There are lines to train on and to test, none for validation" in notes[-1]
+
+
 def test_finding_in_one_of_several_sources_names_it(tmp_path):
     manifest, rejections, notes = import_sources(SourceConfig(), SourcesConfig(**two_sources(tmp_path)), DemoConfig())
     config = ValidationConfig(docs_path=str(tmp_path / "docs"), max_width_pixels=20, min_width_pixels=1)

@@ -9,13 +9,11 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
 from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset
-from htr_pipeline.io.checkpoints import FileCheckpoints
 from htr_pipeline.io.datasets import LanguageModel
 from htr_pipeline.io.starting_point import StartingPoint
 from htr_pipeline.pipelines.training.nodes import (
     CheckpointConfig,
     build_network,
-    clear_checkpoint,
     collect_charset,
     collect_words,
     draw_learning_curves,
@@ -152,15 +150,6 @@ def test_a_start_from_lines_of_another_height_is_warned_of(tmp_path, caplog):
     build_network(small, training, charset, stats | {"height_pixels": 48}, start)
     assert "was trained on lines 32 pixels high, these are 48" in caplog.text
     assert "Set features.height_pixels to 32" in caplog.text
-
-
-def test_a_checkpoint_of_another_training_outlives_an_old_history(tmp_path):
-    path = tmp_path / "checkpoint.npz"
-    FileCheckpoints(path, "new").save({}, {})
-    for fingerprint, left in (("old", True), ("new", False)):
-        history = pa.table({}).replace_schema_metadata({"ended_by": "epochs", "fingerprint": fingerprint})
-        clear_checkpoint(None, history, CheckpointConfig(path=str(path)))
-        assert path.exists() is left
 
 
 @pytest.mark.parametrize("num_epochs", [1, 40])

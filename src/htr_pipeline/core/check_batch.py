@@ -1,5 +1,6 @@
 """Learns one batch by heart: if that fails, data, charset, lengths and loss do not fit together."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,6 +21,7 @@ _WARMUP_STEPS = 20
 _MOMENTUM = 0.5
 # A batch is learnt in 70 to 300 steps: a loss that stands still for this long will not fall.
 _PLATEAU_STEPS = 400
+_FEWEST_STEPS = 50
 
 
 class BatchCheck(NamedTuple):
@@ -77,6 +79,13 @@ def check_batch(
                 f"Data, charset, lengths and loss fit together: {len(lines)} lines with {characters} characters were "
                 f"learnt by heart in {steps} steps ({seconds:.0f} seconds).",
             )
+    if steps < _FEWEST_STEPS:
+        enough = math.ceil(300 * seconds / max(steps, 1))
+        return BatchCheck(
+            False,
+            f"There was time for {steps} steps only ({seconds:.0f} seconds), which says nothing yet: to learn "
+            f"{len(lines)} lines by heart takes 70 to 300. Allow --seconds {enough}.",
+        )
     state = verdict.sentence if verdict else "there was no time to tell why."
     return BatchCheck(
         False,

@@ -23,6 +23,7 @@ _EMPTY_RATIO = 0.1
 _BAD_STEPS = 3
 # After the lowest loss a healthy run stays within a few per cent of it.
 _LOSS_RISE = 3.0
+_LOW_LOSS = 0.5  # nats a character; below it, as with a few lines known by heart, a loss may rise many times
 # Before clipping. Healthy runs have 10 to 200 and, with a batch of odd lines, some 1,000.
 _STEEP_GRADIENT = 3000.0
 _STEEP_SHARE = 0.1
@@ -123,7 +124,7 @@ class CollapseMonitor:
     had_read: bool = False
     empty_windows: int = 0  # one after the other
     bad_steps: int = 0  # one after the other
-    kind: str = "learning"
+    kind: str = ""  # the last verdict
 
     def observe(self, step: StepFigures | None) -> Verdict | None:
         """Takes a step in; at the end of a window returns the verdict on it.
@@ -194,17 +195,20 @@ class CollapseMonitor:
             )
         if sums["loss"] > sums["guessing"]:
             return verdict("exploded", "The loss exploded: it is higher than by guessing every frame")
-        if loss > _LOSS_RISE * lowest:
+        if loss > _LOSS_RISE * max(lowest, _LOW_LOSS):
             return verdict("exploded", f"The loss exploded: it was {lowest:.2f} a character")
         if sums["steep"] > _STEEP_SHARE * sums["steps"]:
             return verdict("exploded", f"The gradient explodes: norms above {_STEEP_GRADIENT:,.0f}, where 200 is much")
         if cer < READING_CER:
             return verdict("learning", "The network learns")
-        if frames > _MOST_FRAMES_PER_CHARACTER:
-            return verdict("padded_widths", f"The lines have {frames:.0f} frames for each character instead of 3 to 10")
+        too_wide = f"The lines have {frames:.0f} frames for each character instead of 3 to 10"
+        is_too_wide = frames > _MOST_FRAMES_PER_CHARACTER
         fell_silent = self.had_read and self.empty_windows >= 2
         if not (fell_silent or self._stands_still()):
-            return verdict("plateau", "The network does not read yet, and the loss moves")
+            hint = f". {too_wide}, which may be why" if is_too_wide else ""
+            return verdict("plateau", f"The network does not read yet, and the loss moves{hint}")
+        if is_too_wide:
+            return verdict("padded_widths", too_wide)
         if ratio < _EMPTY_RATIO and written <= 1:
             what = "writes hardly anything but blanks" if not written else "writes one character and then blanks"
             return verdict("blank", f"The network {what}" + (" after it had read" if fell_silent else ""))

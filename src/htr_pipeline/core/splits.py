@@ -73,6 +73,38 @@ def assign_splits(
     return [split or split_of[unit] for unit, split in zip(units, given, strict=True)], warnings
 
 
+def with_validation(
+    line_ids: Sequence[str], writer_ids: Sequence[str], splits: Sequence[str], *, validation_share: float = 0.1
+) -> tuple[list[str], list[str]]:
+    """The splits, with validation lines where there are only lines to train on and to test, and a warning that says so.
+
+    Writers of training lines become writers of validation lines, those that the hash would have sent there; of a single
+    writer, lines do. Test lines stay test lines.
+
+    Args:
+        line_ids: one a line, distinct.
+        writer_ids: one a line.
+        splits: one a line.
+        validation_share: share of the writers, 0 to 1.
+    """
+    of_training = [index for index, split in enumerate(splits) if split == "train"]
+    if set(splits) != {"train", "test"} or len(of_training) < 2:
+        return list(splits), []
+    units, kind = writer_ids, "writers"
+    if len({writer_ids[index] for index in of_training}) < 2:
+        units, kind = line_ids, "lines"
+    free = sorted({units[index] for index in of_training}, key=_position)
+    chosen = {unit for unit in free[:-1] if _position(unit) < validation_share} or {free[0]}
+    dealt = list(splits)
+    for index in of_training:
+        if units[index] in chosen:
+            dealt[index] = "validation"
+    return dealt, [
+        f"There are lines to train on and to test, none for validation: {dealt.count('validation')} of the "
+        f"{len(of_training)} training lines, {len(chosen)} of their {len(free)} {kind}, are taken for it."
+    ]
+
+
 def _position(identifier: str) -> float:
     """Where the identifier falls between 0 and 1; SHA-256, since Python's own hash changes from run to run."""
     return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8]) / 2**64

@@ -141,7 +141,9 @@ def train_network(
         )
     tf.config.experimental.enable_op_determinism()
     distribution = distribution or Distribution()
-    rows = distribution.rows(config.batch_size)
+    distribution.rows(config.batch_size)  # whether the devices can share it
+    batch_size = _even_batch_size(num_training_lines, config.batch_size, distribution.num_replicas)
+    rows = distribution.rows(batch_size)
     trainer = Trainer(model, charset, config, distribution)
     initial = best = model.get_weights()
     state = TrainingState()
@@ -152,6 +154,12 @@ def train_network(
         best = [arrays[f"best/{index}"] for index in range(len(best))]
     _check_same_work(state, num_training_lines, charset, config, distribution)
     monitor = CollapseMonitor(**{"plateau_steps": config.plateau_steps, **state.monitor})
+    if config.start_from and not saved:
+        state.best_cer = trainer.validate(validation_lines)[1].cer
+        progress.notice(
+            f"The network that training starts from has a CER of {state.best_cer:.2%} on the validation lines.",
+            warning=False,
+        )
 
     def save_checkpoint() -> None:
         if not distribution.is_chief:
@@ -178,7 +186,7 @@ def train_network(
             read_training_lines,
             charset,
             augmentation.at(state.epoch_began_at),
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             buffer_lines=config.buffer_lines,
             seed=config.seed,
             epoch=state.epoch,
@@ -201,7 +209,7 @@ def train_network(
                 _skip_bad_batch(state, step, lines, rate, config, progress)
             else:
                 _name_unfit_lines(state, step.figures.unfit, progress)
-            told, verdict = monitor.kind, monitor.observe(step.figures)
+            told, verdict = monitor.kind or "learning", monitor.observe(step.figures)
             if verdict and verdict.kind != told:
                 progress.notice(f"Step {state.step}: {verdict.sentence}", warning=verdict.failed)
             if verdict and verdict.failed and config.on_collapse != "warn":
@@ -237,6 +245,12 @@ def train_network(
             save_checkpoint()
             saved_at = time.monotonic()
             ended_by = _end(state, done, config)
+    if config.start_from and not state.best_epoch:
+        progress.notice(
+            "No epoch was better than the network that training started from, which is kept. Lower "
+            "training.learning_rate, or give it more lines.",
+            warning=True,
+        )
     model.set_weights(best)
     set_precision(model, "float32")
     return TrainedNetwork(model, state.history, state.best_cer, ended_by)
@@ -465,10 +479,20 @@ def _check_same_work(
         )
 
 
+def _even_batch_size(num_lines: int, batch_size: int, num_replicas: int) -> int:
+    """The size at which as many batches are filled best: the empty rows of a last one would count in its moments.
+
+    With batch_size times batch_size lines or more it is always batch_size.
+    """
+    evenly = math.ceil(num_lines / math.ceil(num_lines / batch_size))
+    multiple = math.lcm(2, num_replicas)  # of two devices as of one
+    return min(math.ceil(evenly / multiple) * multiple, batch_size)
+
+
 def _end(state: TrainingState, done: float, config: TrainingConfig) -> str:
     """Why training is over, or an empty string."""
     if done >= 1.0:
-        return "clock" if config.max_minutes and state.elapsed_seconds >= 60.0 * config.max_minutes else "epochs"
+        return "clock" if config.max_minutes else "epochs"
     if config.patience and state.epoch - state.best_epoch >= config.patience:
         return "patience"
     return ""
@@ -522,7 +546,8 @@ def _go_back(state: TrainingState, verdict: Verdict, config: TrainingConfig, pro
     state.returns += 1
     state.bad_batches = 0
     state.rate_factor *= _RATE_FACTOR
-    target = f"that of epoch {state.best_epoch}" if state.best_cer < READING_CER else "the one at the beginning"
+    is_epoch = state.best_epoch and state.best_cer < READING_CER
+    target = f"that of epoch {state.best_epoch}" if is_epoch else "the one at the beginning"
     progress.notice(
         f"Step {state.step}: back to the last good network, {target}, at {state.rate_factor:.2g} of the learning rate.",
         warning=True,
@@ -552,8 +577,8 @@ def _sums(step: StepResult) -> dict[str, float]:
 
 
 def _done(state: TrainingState, total_steps: int, config: TrainingConfig) -> float:
-    by_clock = state.elapsed_seconds / (60.0 * config.max_minutes) if config.max_minutes else 0.0
-    return min(max(state.step / total_steps, by_clock), 1.0)
+    share = state.elapsed_seconds / (60.0 * config.max_minutes) if config.max_minutes else state.step / total_steps
+    return min(share, 1.0)
 
 
 def _add(sums: dict[str, float], figures: dict[str, float]) -> None:
@@ -573,6 +598,7 @@ def _running_figures(sums: dict[str, float]) -> dict[str, float]:
 def _history_row(state: TrainingState, verdict: str, validation_loss: float, validation_cer: float) -> dict[str, Any]:
     sums = state.sums
     running = _running_figures(sums)
+    early = "learning" if running["cer"] < READING_CER else "plateau"
     return {
         "epoch": state.epoch + 1,
         "step": state.step,
@@ -588,5 +614,5 @@ def _history_row(state: TrainingState, verdict: str, validation_loss: float, val
         "data_wait_seconds": sums["data_wait_seconds"],
         "elapsed_seconds": state.elapsed_seconds,
         "skipped_batches": int(sums.get("skipped_batches", 0.0)),
-        "verdict": verdict,
+        "verdict": verdict or early,
     }

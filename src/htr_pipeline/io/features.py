@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,8 @@ class FeatureShards:
     def spread(self, split: str, most: int) -> list[Line]:
         """At most that many lines, evenly from all of the split, so that every writer has a share."""
         available = self.figures()["split"].to_pylist().count(split)
-        return list(islice(self.lines(split), 0, None, max(-(-available // most), 1)))
+        wanted = {place * available // most for place in range(most)} if available > most else range(available)
+        return [line for place, line in enumerate(self.lines(split)) if place in wanted]
 
     def read_lines(self, line_ids: list[str]) -> dict[str, dict[str, Any]]:
         """Whole rows of some lines, by line_id."""

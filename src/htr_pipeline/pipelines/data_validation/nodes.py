@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig
-from htr_pipeline.core.splits import assign_splits
+from htr_pipeline.core.splits import assign_splits, with_validation
 from htr_pipeline.io.atomic import replacing
 from htr_pipeline.io.importers import SourceConfig, SourcesConfig, import_lines, source_root
 from htr_pipeline.io.importers.demo import DemoConfig
@@ -70,8 +70,14 @@ def import_sources(
         prefixes[source_name] = prefix
         warnings += [label + note for note in notes]
     metadata = {"image_roots": json.dumps(roots), "id_prefixes": json.dumps(prefixes)}
-    imported = pa.concat_tables(lines).replace_schema_metadata({**MANIFEST.metadata, **metadata})
-    return imported, pa.concat_tables(rejected), warnings
+    imported = pa.concat_tables(lines)
+    splits, notes = with_validation(
+        *(imported[column].to_pylist() for column in ("line_id", "writer_id", "split")),
+        validation_share=source.validation_share,
+    )
+    imported = imported.set_column(imported.column_names.index("split"), MANIFEST.field("split"), pa.array(splits))
+    imported = imported.replace_schema_metadata({**MANIFEST.metadata, **metadata})
+    return imported, pa.concat_tables(rejected), warnings + notes
 
 
 def _with_prefix(table: pa.Table, prefix: str, names: Sequence[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.batching import Line
+from htr_pipeline.core.collapse import READING_CER
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.ctc.lexicon import bare_word
 from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
@@ -30,6 +31,9 @@ from htr_pipeline.io.manifest import HISTORY, to_table
 from htr_pipeline.io.starting_point import StartingPoint
 
 logger = logging.getLogger(__name__)
+
+# Columns of the batch that check-batch learns: enough for 16 lines of a page's width, and for 100 steps a minute.
+_MOST_CHECKED_PIXELS = 20_000
 
 # Of the MLflow run: how the same few validation lines are read after each epoch.
 _SAMPLES = "samples.json"
@@ -192,6 +196,12 @@ def train(
             distribution=distribution,
         )
     logger.info("Best validation CER: %.2f %% (greedy); ended by: %s.", 100 * trained.best_cer, trained.ended_by)
+    if trained.best_cer > READING_CER:
+        logger.warning(
+            "The network does not read yet. It made %d steps, and from scratch reading takes some thousand: raise "
+            "training.epochs (%d) or training.max_minutes, or begin with a network that reads, by --env finetune.",
+            trained.history[-1]["step"], training.epochs,
+        )  # fmt: skip
     if trained.ended_by == "interrupt":
         moved = ""
         if start and start.name != training.start_from:
@@ -285,6 +295,9 @@ def check_training_batch(
     lines = features.spread("train", training.batch_size)
     if not lines:
         raise UserError("There are no training lines. Look into the manifest's column 'split'.")
+    lines.sort(key=lambda line: line.pixels.shape[0])
+    while len(lines) > 2 and len(lines) * lines[-1].pixels.shape[0] > _MOST_CHECKED_PIXELS:
+        lines.pop()
     charset = Charset.from_json(collect_charset(features, training, checkpoint))
     start = StartingPoint.find(training.start_from) if training.start_from else None
     model = replace(model, column_dropout=0.0, recurrent_dropout=0.0)
@@ -296,17 +309,6 @@ def check_training_batch(
             bar.update(steps - bar.n)
 
         return check_batch(network, lines, charset, training, max_seconds=max_seconds, on_step=show)
-
-
-def clear_checkpoint(model: Any, history: pa.Table, checkpoint: CheckpointConfig) -> None:
-    """Removes the checkpoint of a complete training once model and history are on disk: the next run trains anew.
-
-    A checkpoint of another training stays: the history may be an old one.
-    """
-    metadata = history.schema.metadata or {}
-    # Of several workers only the chief knows that its files are written.
-    if metadata.get(b"ended_by") != b"interrupt" and metadata.get(b"is_chief") != b"False":
-        FileCheckpoints(Path(checkpoint.path), metadata.get(b"fingerprint", b"").decode()).clear()
 
 
 class _TrainingProgress:

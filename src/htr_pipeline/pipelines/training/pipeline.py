@@ -3,7 +3,6 @@
 from kedro.pipeline import Node, Pipeline
 
 from htr_pipeline.pipelines.training.nodes import (
-    clear_checkpoint,
     collect_charset,
     collect_words,
     draw_learning_curves,
@@ -50,7 +49,6 @@ def create_pipeline() -> Pipeline:
                 tags="gpu",
             ),
             Node(draw_learning_curves, "history", "learning_curves", name="draw_learning_curves"),
-            Node(clear_checkpoint, ["model", "history", "params:checkpoint"], None, name="clear_checkpoint"),
         ],
         tags="training",
     )
