@@ -292,6 +292,13 @@ def test_rejected_lines_do_not_count_for_what_is_rare_or_double(tmp_path):
     assert [(row["line_id"], row["reason"]) for row in table.to_pylist()] == [("line01", "untrained_character")]
 
 
+def test_off_of_yaml_and_of_the_command_line_is_off():
+    assert ValidationConfig(levels={"height": False, "writer_in_two_splits": False}).levels == {
+        "height": "off",
+        "writer_in_two_splits": "off",
+    }
+
+
 @pytest.mark.parametrize("level", ["reject", "warn", "stop", "off"])
 def test_level_says_what_happens_to_a_line(tmp_path, level):
     *tables, summary, config = validate_all(

@@ -65,7 +65,9 @@ class ValidationConfig:
                 raise UserError(
                     f"validation.min_{side}_pixels = {low}: expected at most validation.max_{side}_pixels, now {high}."
                 )
-        for reason, level in self.levels.items():
+        levels = {reason: "off" if level is False else level for reason, level in self.levels.items()}  # YAML's off
+        object.__setattr__(self, "levels", levels)
+        for reason, level in levels.items():
             if reason not in LINE_LEVELS | SET_LEVELS:
                 close = difflib.get_close_matches(reason, LINE_LEVELS | SET_LEVELS, n=1)
                 hint = f" Did you mean {close[0]}?" if close else ""
