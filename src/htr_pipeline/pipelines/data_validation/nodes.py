@@ -71,13 +71,16 @@ def import_sources(
         warnings += [label + note for note in notes]
     metadata = {"image_roots": json.dumps(roots), "id_prefixes": json.dumps(prefixes)}
     imported = pa.concat_tables(lines)
-    splits, notes = with_validation(
-        *(imported[column].to_pylist() for column in ("line_id", "writer_id", "split")),
-        validation_share=source.validation_share,
-    )
-    imported = imported.set_column(imported.column_names.index("split"), MANIFEST.field("split"), pa.array(splits))
+    if "validation" not in pc.unique(imported["split"]).to_pylist():
+        splits, notes = with_validation(
+            *(imported[column].to_pylist() for column in ("line_id", "writer_id", "split")),
+            validation_share=source.validation_share,
+        )
+        place, field = imported.column_names.index("split"), MANIFEST.field("split")
+        imported = imported.set_column(place, field, pa.array(splits, field.type))
+        warnings += notes
     imported = imported.replace_schema_metadata({**MANIFEST.metadata, **metadata})
-    return imported, pa.concat_tables(rejected), warnings + notes
+    return imported, pa.concat_tables(rejected), warnings
 
 
 def _with_prefix(table: pa.Table, prefix: str, names: Sequence[str]) -> dict[str, Any]:
