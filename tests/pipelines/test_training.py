@@ -8,11 +8,12 @@ import pytest
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
 from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
-from htr_pipeline.core.text import Charset
+from htr_pipeline.core.text import Charset, visual_text
 from htr_pipeline.io.datasets import LanguageModel
 from htr_pipeline.io.starting_point import StartingPoint
 from htr_pipeline.pipelines.training.nodes import (
     CheckpointConfig,
+    _TrainingProgress,
     build_network,
     collect_charset,
     collect_words,
@@ -162,3 +163,38 @@ def test_learning_curves_are_a_picture_of_the_history_and_the_same_each_time(num
     assert f"CER, lowest on validation {1 / num_epochs:.2%}" in picture
     assert {name.replace("_", " ") for name in columns} <= set(re.findall(r">([^<]+)</text>", picture))
     assert draw_learning_curves(history) == picture
+
+
+def test_a_new_mlflow_run_gets_the_epochs_that_an_earlier_one_has(tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    history = [
+        {"epoch": epoch, "step": 4 * epoch, "validation_cer": 1.0 / epoch, "verdict": "learning"} for epoch in (1, 2, 3)
+    ]
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    try:
+        mlflow.set_experiment(experiment_id=mlflow.create_experiment("t", (tmp_path / "artifacts").as_uri()))
+        with mlflow.start_run() as run, _TrainingProgress(is_chief=True) as progress:
+            progress.epoch(
+                history[2] | {"train_loss": 1.0, "validation_loss": 1.0, "train_cer": 0.5, "lines_per_second": 9.0},
+                [("abc", "ab")],
+            )
+            progress.complete(history)
+            progress.complete(history)
+        found = mlflow.MlflowClient().get_metric_history(run.info.run_id, "validation_cer")
+        assert sorted((metric.step, metric.value) for metric in found) == [(4, 1.0), (8, 0.5), (12, 1.0 / 3)]
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def test_language_models_are_of_texts_in_visual_order_and_the_lexicon_of_words_as_they_are_typed(tmp_path, caplog):
+    class RightToLeft:
+        def figures(self):
+            return pa.table({"split": ["train"], "text": ["אבג דה 1914"]})
+
+    model = train_language_model(RightToLeft(), LanguageModelConfig(order=3))
+    assert model.score(visual_text("אבג דה 1914")) > model.score("אבג דה 1914") + 3
+    assert collect_words(RightToLeft(), LanguageModelConfig(), DecodingConfig()) == "אבג\nדה\n"
+    model.to_arpa(tmp_path / "model.arpa")
+    train_language_model(RightToLeft(), LanguageModelConfig(arpa=str(tmp_path / "model.arpa")))
+    assert "has to be such a one" in caplog.text

@@ -195,6 +195,7 @@ def train(
             progress=progress,
             distribution=distribution,
         )
+        progress.complete(trained.history)
     logger.info("Best validation CER: %.2f %% (greedy); ended by: %s.", 100 * trained.best_cer, trained.ended_by)
     if trained.best_cer > READING_CER:
         logger.warning(
@@ -363,6 +364,17 @@ class _TrainingProgress:
         )
         self._bar.update(min(100.0 * done, 100.0) - self._bar.n)
 
+    def complete(self, history: list[dict[str, Any]]) -> None:
+        """Logs the epochs that an earlier MLflow run has, where training went on in a new one: after Ctrl-C, say."""
+        import mlflow
+
+        if self._is_chief and (run := mlflow.active_run()):
+            logged = mlflow.MlflowClient().get_metric_history(run.info.run_id, "validation_cer")
+            steps = {metric.step for metric in logged}
+            for row in history:
+                if int(row["step"]) not in steps:
+                    _log_epoch(row)
+
     def epoch(self, row: dict[str, Any], samples: list[tuple[str, str]]) -> None:
         """Logs the epoch."""
         import mlflow
@@ -379,12 +391,18 @@ class _TrainingProgress:
         reference, hypothesis = samples[int(row["epoch"]) % len(samples)]
         logger.info("  %r is read as %r", reference, hypothesis)
         if self._is_chief and mlflow.active_run():
-            figures = {k: v for k, v in row.items() if k not in ("epoch", "step", "verdict")}
-            mlflow.log_metrics(figures, step=int(row["step"]))
+            _log_epoch(row)
             # A run that goes on repeats the epochs since its checkpoint.
             self._samples = [sample for sample in self._samples if sample["epoch"] < row["epoch"]]
             self._samples += [{"epoch": row["epoch"], "reference": r, "hypothesis": h} for r, h in samples]
             mlflow.log_text(json.dumps(self._samples, ensure_ascii=False, indent=1), _SAMPLES)
+
+
+def _log_epoch(row: dict[str, Any]) -> None:
+    import mlflow
+
+    figures = {k: v for k, v in row.items() if k not in ("epoch", "step", "verdict")}
+    mlflow.log_metrics(figures, step=int(row["step"]))
 
 
 def _logged_samples() -> list[dict[str, Any]]:
