@@ -417,6 +417,25 @@ def test_training_goes_on_after_sigkill_in_the_same_mlflow_run_with_the_same_res
     pd.testing.assert_frame_equal(pd.read_parquet(paths["history"])[timeless], history[timeless])
 
 
+def test_what_is_killed_after_the_training_does_not_train_again(project):
+    paths, checkpoint = catalog(project), project / "data/06_models/checkpoint.npz"
+    command = ("--from-nodes", "train_network", "--params", "training.epochs=2")
+    old = mtimes(paths)["history"]
+    with started_run(project, *command, until=lambda process: mtimes(paths)["history"] != old) as process:
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert checkpoint.exists()
+    trained, killed_run = weights(paths["model"]), read_json(project / "data/.mlflow_run.json")["run_id"]
+
+    output = succeed(project, *command)
+    assert f"Going on in the MLflow run {killed_run}" in output
+    assert "Epoch 1:" not in output
+    assert "Best validation CER" in output
+    assert not checkpoint.exists()
+    for name, array in weights(paths["model"]).items():
+        np.testing.assert_array_equal(array, trained[name], err_msg=name)
+
+
 def test_second_run_is_refused_while_one_is_at_work_and_sigkill_lets_the_next_one_in(project, tmp_path):
     def has_lock(process):
         return (project / "data/.lock").read_text().startswith(f"{process.pid},")
