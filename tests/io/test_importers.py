@@ -130,6 +130,13 @@ def test_folders_named_like_splits_are_the_splits(tmp_path):
     assert found["train/anna/1"]["writer_id"] == "anna"
 
 
+def test_text_in_visual_order_is_turned_into_the_order_of_reading(tmp_path):
+    as_read, as_it_stands = "אב" + " 1914 " + "גד", "דג" + " 1914 " + "בא"
+    write_line(tmp_path, "x.png", as_it_stands)
+    for text_order, text in (("visual", as_read), ("logical", as_it_stands)):
+        assert import_rows(tmp_path, config=SourceConfig(text_order=text_order))[0][0]["text"] == text
+
+
 def test_text_is_brought_to_the_unicode_form_and_its_blanks_collapsed(tmp_path):
     write_line(tmp_path, "x.png", "\ufeff e\u0301te\u0301 \t la\n")
     assert import_rows(tmp_path)[0][0]["text"] == "été la"

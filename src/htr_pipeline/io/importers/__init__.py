@@ -27,7 +27,7 @@ from tqdm import tqdm
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.cutting import cut_line
 from htr_pipeline.core.image import perceptual_hash, read_image
-from htr_pipeline.core.text import UNICODE_FORMS, normalise_text
+from htr_pipeline.core.text import UNICODE_FORMS, normalise_text, visual_text
 from htr_pipeline.io.importers.alto import ALTO
 from htr_pipeline.io.importers.iam import is_iam, read_iam
 from htr_pipeline.io.importers.lines import has_lines, read_lines
@@ -68,6 +68,7 @@ class SourceConfig:
     writer_pattern: str | None = setting(default=None)  # searched in the image path; its one group is the writer
     split: str = setting(default="given", choices=("given", "by_writer", "train", "validation", "test"))
     unicode_form: str = setting(default="NFC", choices=UNICODE_FORMS)
+    text_order: str = setting(default="logical", choices=("logical", "visual"))
     validation_share: float = setting(default=0.1, minimum=0.01, maximum=0.4)  # of the writers that have no split yet
     test_share: float = setting(default=0.1, minimum=0.01, maximum=0.4)
 
@@ -306,6 +307,8 @@ def _finish(
     if "reason" in row:
         return row
     text = normalise_text(row["text"] or "", config.unicode_form)
+    if config.text_order == "visual":
+        text = visual_text(text)
     if not text:
         place = row["line_id"] if "page_size" in row else row["file"]
         return row | _reject("empty_text", f"{place}: there is no text. Transcribe the line or remove it.")
