@@ -14,7 +14,7 @@ def test_what_leaves_nothing_on_paper_is_invisible(character):
 
 
 def test_ordinary_characters_of_any_script_are_neither():
-    text = "Æther, ﬁn — “שלום” 漢字 e\u0301"
+    text = "Æther, ﬁn — “שלום” 漢字 e\u0301 می\u200cخواهم"
     assert not any(is_debris(c) or is_invisible(c) for c in text)
 
 

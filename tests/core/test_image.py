@@ -242,3 +242,20 @@ def test_near_duplicates_are_found_and_name_the_earlier_line():
 def test_hashes_without_contrast_resemble_nothing():
     assert (find_near_duplicates(np.zeros((3, 2), np.uint64), 8) == -1).all()
     assert find_near_duplicates(np.zeros((0, 2), np.uint64), 8).shape == (0,)
+
+
+@pytest.mark.parametrize(("mode", "factor"), [("F", 1.0), ("F", 1 / 255), ("I", 1), ("I", 257), ("F", 257.0)])
+def test_white_of_32_bits_is_that_of_the_values(tmp_path, mode, factor):
+    grey = np.tile(np.arange(0, 256, 5, dtype=np.uint8), (20, 1))
+    values = (grey.astype(float) * factor).astype(np.float32 if mode == "F" else np.int32)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    np.testing.assert_allclose(read_image(tmp_path / "x.tif").astype(int), grey, atol=1)
+
+
+def test_a_tiff_of_several_pages_is_refused_and_one_with_a_small_picture_of_the_page_read(tmp_path):
+    page, other, small = (Image.new("L", size, 200) for size in ((60, 40), (50, 40), (15, 10)))
+    page.save(tmp_path / "two.tif", save_all=True, append_images=[other])
+    page.save(tmp_path / "small.tif", save_all=True, append_images=[small])
+    with pytest.raises(UserError, match=r"two\.tif: a TIFF of 2 pages.*Save each as a file"):
+        read_image(tmp_path / "two.tif")
+    assert read_image(tmp_path / "small.tif").shape == (40, 60)

@@ -88,7 +88,7 @@ def test_validation_lines_are_taken_out_of_the_training_lines_where_there_are_no
     ] * dealt.count("validation")
     assert set(dealt) == {"train", "validation", "test"}
     assert f"{dealt.count('validation')} of the {splits.count('train')} training lines" in warnings[0]
-    assert f"{num_writers if kind == 'writers' else splits.count('train')} {kind}, are taken" in warnings[0]
+    assert ("all by one writer" if kind == "lines" else f" of {num_writers} writers.") in warnings[0]
     if kind == "writers":
         assert len(set(zip(writer_ids, dealt, strict=True))) == num_writers + 3
 

@@ -362,3 +362,15 @@ def test_time_is_linear_in_the_white_space_of_a_tag():
     assert f'<Unicode{blank}a="">new</Unicode>'.encode() in edit_page(page.encode(), readings)
     assert f'{blank}CONTENT="new"{blank}VPOS="1" WC="0.5000"/>'.encode() in edit_alto(alto.encode(), readings)
     assert time.process_time() - start < 10
+
+
+def test_words_of_an_hocr_line_from_right_to_left_stand_there():
+    from htr_pipeline.io.exporters.hocr import _word_boxes
+
+    boxes = dict(_word_boxes("אבג 12 דה", (0, 5, 90, 9)))
+    assert boxes == {"אבג": (60, 5, 90, 9), "12": (30, 5, 50, 9), "דה": (0, 5, 20, 9)}
+    assert dict(_word_boxes("abc 12 de", (0, 5, 90, 9))) == {
+        "abc": (0, 5, 30, 9),
+        "12": (40, 5, 60, 9),
+        "de": (70, 5, 90, 9),
+    }

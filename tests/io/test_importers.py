@@ -81,6 +81,33 @@ def test_plain_txt_is_the_text_where_no_gt_txt_is(tmp_path):
     assert [(row["file"], row["reason"]) for row in rejected] == [("README.txt", "missing_image")]
 
 
+def test_each_folder_has_its_own_ending_of_texts(tmp_path):
+    write_line(tmp_path / "a", "1.png", "eins")
+    write_line(tmp_path / "b", "2.png", "zwei")
+    (tmp_path / "b" / "2.gt.txt").rename(tmp_path / "b" / "2.txt")
+    (tmp_path / "b" / "3.txt").write_text("no image", encoding="utf-8")
+    records, rejected = import_rows(tmp_path)
+    assert {line_id: record["text"] for line_id, record in by_line(records).items()} == {"a/1": "eins", "b/2": "zwei"}
+    assert [(row["line_id"], row["reason"]) for row in rejected] == [("b/3", "missing_image")]
+
+
+@pytest.mark.parametrize(("image", "text"), [("1.PNG", "1.txt"), ("1.Png", "1.GT.TXT"), ("1.png", "1.TXT")])
+def test_endings_may_be_in_capitals(tmp_path, image, text):
+    write_line(tmp_path, "1.png", "eins")
+    (tmp_path / "1.png").rename(tmp_path / image)
+    (tmp_path / "1.gt.txt").rename(tmp_path / text)
+    records, rejected = import_rows(tmp_path)
+    assert [record["text"] for record in records] == ["eins"]
+    assert rejected == []
+
+
+@pytest.mark.parametrize("path", ["data/01_raw/demo", "./data/01_raw/demo/"])
+def test_the_default_path_is_the_demo_however_it_is_written(path):
+    assert SourceConfig(path=path).format == "demo"
+    assert SourceConfig(path=path + "x").format == "auto"
+    assert SourceConfig(path=path, format="table").format == "table"
+
+
 def test_txt_beside_gt_txt_is_not_the_ground_truth(lines):
     (lines / "anna" / "p1_01.txt").write_text("what an engine has read")
     records, rejected = import_rows(lines)

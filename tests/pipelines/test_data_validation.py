@@ -150,6 +150,32 @@ def test_writer_in_two_splits_stops_the_run(tmp_path):
         check_manifest(validated, rejected, summary, config)
 
 
+def test_collections_of_one_or_two_hands_go_through_with_a_warning(tmp_path):
+    for num_writers in (1, 2):
+        folder = tmp_path / str(num_writers)
+        for index in range(30):
+            place = folder / "source" / f"writer{index % num_writers}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((300 + index, 40), 50).save(place / f"{index}.png")
+            (place / f"{index}.gt.txt").write_text(f"line {index}", encoding="utf-8")
+        source = SourceConfig(path=str(folder / "source"))
+        manifest, rejections, notes = import_sources(source, SourcesConfig(), DemoConfig())
+        assert f"Only {num_writers} writer(s) for three splits" in notes[0]
+        config = ValidationConfig(docs_path=str(folder / "docs"))
+        validated, rejected, _, summary = validate_lines(manifest, rejections, notes, config, ImageConfig())
+        check_manifest(validated, rejected, summary, config)
+        assert set(validated["split"].to_pylist()) == {"train", "validation", "test"}
+
+
+def test_one_hand_to_train_and_validate_with_and_others_in_the_test_go_through(tmp_path):
+    rows = good_lines()
+    for index, row in enumerate(rows):
+        row["split"] = ("train", "validation")[index % 2] if index < 6 else "test"
+        row["writer_id"] = "anna" if index < 6 else f"writer{index}"
+    validated, rejected, summary, config = validate(rows, tmp_path)
+    check_manifest(validated, rejected, summary, config)
+
+
 def test_missing_split_stops_the_run(tmp_path):
     rows = [row for row in good_lines() if row["split"] != "validation"]
     validated, rejected, summary, config = validate(rows, tmp_path)

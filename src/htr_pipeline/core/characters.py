@@ -35,8 +35,11 @@ def is_debris(character: str) -> bool:
 
 
 def is_invisible(character: str) -> bool:
-    """Whether nothing of it is on the page: soft hyphens, zero-width and direction marks, codes without a character."""
-    return unicodedata.category(character) in ("Cf", "Cn")
+    """Whether nothing of it is on the page: soft hyphens, zero-width and direction marks, codes without a character.
+
+    The two that say whether neighbours join are part of the spelling in Persian and in scripts of India.
+    """
+    return unicodedata.category(character) in ("Cf", "Cn") and character not in "\u200c\u200d"
 
 
 def plain_form(character: str) -> str | None:

@@ -80,6 +80,7 @@ def read_image(source: Path | bytes) -> np.ndarray:
                 raise UserError(
                     f"{name}: {width} x {height} pixels; at most {MAX_IMAGE_PIXELS} are read. Cut the page into lines."
                 )
+            _check_single(image, name)
             return _to_grey(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise UserError(f"{name}: there is no such file.") from None
@@ -91,10 +92,26 @@ def read_image(source: Path | bytes) -> np.ndarray:
         raise UserError(f"{name}: the image cannot be decoded ({exc}). Export it again as PNG.") from exc
 
 
+def _check_single(image: Image.Image, name: str) -> None:
+    """A TIFF of several pages is none of them; a small picture of the page that a scanner has added is no page."""
+    if image.format != "TIFF":
+        return
+    width, height = image.size
+    pages = 1
+    for frame in range(1, getattr(image, "n_frames", 1)):
+        image.seek(frame)
+        pages += image.size[0] * image.size[1] > width * height / 2
+    image.seek(0)
+    if pages > 1:
+        raise UserError(f"{name}: a TIFF of {pages} pages; which one is meant cannot be known. Save each as a file.")
+
+
 def _to_grey(image: Image.Image) -> np.ndarray:
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
         values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode != "F" or values.max(initial=0) > 1.0 else 1.0
+        highest = values.max(initial=0)
+        # 32 bits and floating point have no white of their own: that of the values is the least that holds them.
+        top = 65535.0 if image.mode.startswith("I;16") or highest > 255.0 else 255.0 if highest > 1.0 else 1.0
         return np.clip(values * (255.0 / top), 0, 255).astype(np.uint8)
     if image.has_transparency_data:
         image = image.convert("RGBA")

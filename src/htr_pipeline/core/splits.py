@@ -74,7 +74,12 @@ def assign_splits(
 
 
 def with_validation(
-    line_ids: Sequence[str], writer_ids: Sequence[str], splits: Sequence[str], *, validation_share: float = 0.1
+    line_ids: Sequence[str],
+    writer_ids: Sequence[str],
+    splits: Sequence[str],
+    *,
+    validation_share: float = 0.1,
+    test_share: float = 0.1,
 ) -> tuple[list[str], list[str]]:
     """The splits, with validation lines where there are only lines to train on and to test, and a warning that says so.
 
@@ -85,23 +90,27 @@ def with_validation(
         line_ids: one a line, distinct.
         writer_ids: one a line.
         splits: one a line.
-        validation_share: share of the writers, 0 to 1.
+        validation_share: as for assign_splits.
+        test_share: as for assign_splits.
     """
     of_training = [index for index, split in enumerate(splits) if split == "train"]
     if set(splits) != {"train", "test"} or len(of_training) < 2:
         return list(splits), []
-    units, kind = writer_ids, "writers"
+    units = writer_ids
     if len({writer_ids[index] for index in of_training}) < 2:
-        units, kind = line_ids, "lines"
+        units = line_ids
     free = sorted({units[index] for index in of_training}, key=_position)
-    chosen = {unit for unit in free[:-1] if _position(unit) < validation_share} or {free[0]}
+    chosen = {unit for unit in free if _split_at(_position(unit), validation_share, test_share) == "validation"}
+    if not chosen or len(chosen) == len(free):
+        chosen = set(free[: max(1, round(validation_share * len(free)))])
     dealt = list(splits)
     for index in of_training:
         if units[index] in chosen:
             dealt[index] = "validation"
     return dealt, [
         f"There are lines to train on and to test, none for validation: {dealt.count('validation')} of the "
-        f"{len(of_training)} training lines, {len(chosen)} of their {len(free)} {kind}, are taken for it."
+        f"{len(of_training)} training lines are taken for it"
+        + (f", those of {len(chosen)} of {len(free)} writers." if units is writer_ids else ", all by one writer.")
     ]
 
 

@@ -4,7 +4,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -14,11 +14,26 @@ from htr_pipeline.core.config import UserError
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 # The blocks that Unicode keeps for scripts written from right to left: Hebrew, Arabic, Syriac, Thaana and others.
 _RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff]")
-# Unicode's bidirectional classes as letters: Right, Left, European and Arabic Numbers, Blanks, separators (CS), Other.
-_KINDS = {"R": "R", "AL": "R", "L": "L", "EN": "N", "AN": "A", "WS": "B", "B": "B", "S": "B", "CS": "C"}
-# What keeps its order within text from right to left: words from left to right with what joins them, and numbers.
-# Arabic numbers are not joined by hyphens: years "from - to" stand in the order of the text.
-_KEPT = re.compile("L[^R]*L|L|A(?:C?A)*|N(?:[CO]?N)*")
+# Unicode's bidirectional classes as letters: Right, Left, European and Arabic Numbers, Terminators of numbers (signs of
+# currency, per cent), Blanks, separators within numbers (CS), Signs of plus and minus, Other.
+_KINDS = {
+    "R": "R",
+    "AL": "R",
+    "L": "L",
+    "EN": "N",
+    "AN": "A",
+    "ET": "T",
+    "WS": "B",
+    "B": "B",
+    "S": "B",
+    "CS": "C",
+    "ES": "S",
+}
+_ARABIC_SEPARATORS = "\u066b\u066c"  # of decimals and thousands, also between the European numbers of Persian
+# Numbers keep their order. Arabic ones are not joined by hyphens: years "from - to" stand in the order of the text.
+_NUMBERS = re.compile("A(?:C?A)*|N(?:[CS]?N)*")
+_SIGNED_NUMBERS = re.compile("[TN]+")
+_FROM_LEFT_TO_RIGHT = re.compile("[^R]+")
 _TURNED = re.compile("R[^L]*R|R")  # what is turned round within text from left to right
 
 
@@ -37,18 +52,24 @@ def visual_order(text: str) -> list[int]:
 
     Text is kept as it is read and typed; frames run from left to right. So a line in Arabic or Hebrew is learnt and
     decoded in visual order. The way back is the same: the order of the text in visual order. A line runs from right to
-    left if most of its letters do, on which both orders agree. Numbers and words of the other direction keep their
-    order; brackets are not mirrored.
+    left if most of its letters do, on which both orders agree. Within it, words of the other direction keep their order
+    together with digits and signs that stand in one word with them, and so do numbers; brackets are not mirrored.
 
     Args:
-        text: a line; a word of it gives the same order.
+        text: a line. A word has the same order in a line of its own, but for signs at its edges.
 
-    Source: after the Unicode Bidirectional Algorithm (UAX 9), which cannot be undone where text has both directions.
+    Source: after the Unicode Bidirectional Algorithm (UAX 9). That cannot be undone where text has both directions, so
+        here a number beside a word of the other direction, parted from it by a blank, never belongs to it.
     """
     places = list(range(len(text)))
     if not _RIGHT_TO_LEFT.search(text):  # nearly always
         return places
     kinds = "".join(map(_kind, text))
+    if any(unicodedata.bidirectional(character) == "AL" for character in text):
+        # Beside Arabic letters all numbers are Arabic ones, and their signs are read on from them, to the left.
+        kinds = kinds.replace("N", "A").replace("T", "O")
+    else:
+        kinds = _SIGNED_NUMBERS.sub(lambda found: ("N" if "N" in found[0] else "T") * len(found[0]), kinds)
     if kinds.count("R") >= kinds.count("L"):
         return _turned(kinds, 0, len(text))
     for run in _TURNED.finditer(kinds):
@@ -60,14 +81,31 @@ def _kind(character: str) -> str:
     kind = unicodedata.bidirectional(character)
     if kind == "NSM":  # a mark stands with the letters of its script
         return "R" if _RIGHT_TO_LEFT.match(character) else "L"
-    return _KINDS.get(kind, "O")
+    return "C" if character in _ARABIC_SEPARATORS else _KINDS.get(kind, "O")
 
 
 def _turned(kinds: str, start: int, end: int) -> list[int]:
     places = list(range(start, end))
-    for kept in _KEPT.finditer(kinds, start, end):
-        places[kept.start() - start : kept.end() - start] = reversed(range(*kept.span()))
+    for first, last in _kept(kinds, start, end):
+        places[first - start : last - start] = reversed(range(first, last))
     return places[::-1]
+
+
+def _kept(kinds: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Where what keeps its order begins and ends, within text from right to left."""
+    for stretch in _FROM_LEFT_TO_RIGHT.finditer(kinds, start, end):
+        begin, stop = stretch.span()
+        first, last = kinds.find("L", begin, stop), kinds.rfind("L", begin, stop)
+        if first >= 0:  # from the first word with a letter to the last, without the signs at the edges
+            before, after = max(kinds.rfind("B", begin, first) + 1, begin), kinds.find("B", last, stop)
+            after = stop if after < 0 else after
+            yield from (found.span() for found in _NUMBERS.finditer(kinds, begin, before))
+            yield (
+                next(place for place in range(before, stop) if kinds[place] in "LNAT"),
+                next(place for place in range(after - 1, begin - 1, -1) if kinds[place] in "LNAT") + 1,
+            )
+            begin = after
+        yield from (found.span() for found in _NUMBERS.finditer(kinds, begin, stop))
 
 
 def visual_text(text: str) -> str:

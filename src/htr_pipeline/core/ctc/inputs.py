@@ -64,7 +64,7 @@ def read_lines(
     labels, label_length = dense_labels(labels, label_length)
     if logit_length is None:
         logit_length = tf.fill([tf.shape(logits)[1 - time_axis]], tf.shape(logits)[time_axis])
-    lines = Lines(labels, logits, label_length, _lengths(logit_length, "logit_length"))
+    lines = Lines(labels, logits, label_length, checked_lengths(logit_length, "logit_length"))
     return _with_one_batch_size(lines, time_axis)
 
 
@@ -85,7 +85,7 @@ def dense_labels(labels: Any, label_length: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return _whole_numbers(labels.to_tensor(), "labels"), tf.cast(labels.row_lengths(), tf.int32)
     if label_length is None:
         raise ValueError("label_length is missing: dense and concatenated labels need it, padding is never guessed.")
-    labels, label_length = _whole_numbers(labels, "labels"), _lengths(label_length, "label_length")
+    labels, label_length = _whole_numbers(labels, "labels"), checked_lengths(label_length, "label_length")
     if labels.shape.rank not in (1, 2):
         raise ValueError(
             f"labels have shape {labels.shape}: expected (batch, labels) or (sum of label_length,). "
@@ -101,7 +101,12 @@ def dense_labels(labels: Any, label_length: Any) -> tuple[tf.Tensor, tf.Tensor]:
     return labels, label_length
 
 
-def _lengths(values: Any, name: str) -> tf.Tensor:
+def checked_lengths(values: Any, name: str) -> tf.Tensor:
+    """(B,) int32; what does not fit into int32 becomes something that is out of range as well.
+
+    Raises:
+        ValueError: values are no whole numbers or have another rank.
+    """
     lengths = _whole_numbers(values, name)
     if lengths.shape.rank not in (1, None):
         raise ValueError(f"{name} has shape {lengths.shape}: expected one length for each row.")

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from htr_pipeline.core.ctc.inputs import dense_labels
+from htr_pipeline.core.ctc.inputs import checked_lengths, dense_labels
 from htr_pipeline.core.ctc.loss import ctc_loss
 
 
@@ -21,7 +21,13 @@ def pack_targets(labels: Any, label_length: Any, logit_length: Any) -> tf.Tensor
         logit_length: (B,) number of frames that the model gives for each line.
     """
     labels, label_length = dense_labels(labels, label_length)
-    lengths = tf.stack([label_length, tf.cast(logit_length, tf.int32)], axis=1)
+    logit_length = checked_lengths(logit_length, "logit_length")
+    num_rows, num_lengths = label_length.shape[0], logit_length.shape[0]
+    if None not in (num_rows, num_lengths) and num_rows != num_lengths:
+        raise ValueError(
+            f"logit_length has {num_lengths} lengths for {num_rows} rows of labels: expected one for each."
+        )
+    lengths = tf.stack([label_length, logit_length], axis=1)
     return tf.concat([lengths, labels], axis=1)
 
 

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import IMAGE_FORMATS
+from htr_pipeline.core.text import visual_order
 from htr_pipeline.io.exporters.xml_edit import markup, quote
 
 _HEAD = """<?xml version="1.0" encoding="UTF-8"?>
@@ -69,10 +71,13 @@ def to_hocr(page_id: str, lines: list[dict[str, Any]], root: Path) -> bytes:
 
 def _word_boxes(text: str, box: tuple[int, int, int, int]) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
     left, upper, right, lower = box
-    position, scale = 0, (right - left) / max(len(text), 1)
+    scale = (right - left) / max(len(text), 1)
+    on_line = np.argsort(visual_order(text))  # where each character of the text stands, from the left
+    position = 0
     for word in text.split(" "):
         if word:
-            start, end = round(left + scale * position), round(left + scale * (position + len(word)))
+            places = on_line[position : position + len(word)]
+            start, end = round(left + scale * places.min()), round(left + scale * (places.max() + 1))
             yield word, (start, upper, end, lower)
         position += len(word) + 1
 

@@ -73,7 +73,7 @@ class SourceConfig:
     test_share: float = setting(default=0.1, minimum=0.01, maximum=0.4)
 
     def __post_init__(self) -> None:
-        if self.format == "auto" and self.path == DEMO_FOLDER:
+        if self.format == "auto" and Path(self.path).absolute() == Path(DEMO_FOLDER).absolute():
             object.__setattr__(self, "format", "demo")
         if self.writer_pattern is None:
             return

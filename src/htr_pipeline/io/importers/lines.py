@@ -1,7 +1,7 @@
 """Line images with their text beside them: NAME.png, .jpg, .jpeg, .tif or .tiff and NAME.gt.txt or NAME.txt."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ from htr_pipeline.core.splits import parse_split
 if TYPE_CHECKING:
     from htr_pipeline.io.importers import SourceConfig
 
-# The first of these that a folder has counts for all of it: beside ground truth, .txt is what some engine has read.
+# In upper or lower case. The first of these that a folder has counts for all of it: beside ground truth, .txt is what
+# some engine has read.
 TEXT_SUFFIXES = (".gt.txt", ".txt")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
@@ -33,15 +34,21 @@ def read_lines(path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
         raise UserError(f"source.path = {str(path)!r}: format 'lines' expected a folder, got a file. Give its folder.")
     files = sorted(visible_files(path))
     images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
-    ground_truth, plain = TEXT_SUFFIXES
-    suffix = plain if has_lines(path) and not any(name.endswith(ground_truth) for name in files) else ground_truth
-    alone = {name for name in files if name.endswith(suffix)} - {_stem(name) + suffix for name in images}
+    stems = set(map(_stem, images))
+    suffixes = _text_suffixes(files, stems)
+    usual = min(suffixes.values(), key=TEXT_SUFFIXES.index, default=TEXT_SUFFIXES[0])
+    texts = {}  # by stem
+    for name in files:
+        suffix = suffixes.get(_folder(name), usual)
+        if name.lower().endswith(suffix):
+            texts[name[: -len(suffix)]] = name
+    alone = {name: stem for stem, name in texts.items() if stem not in stems}
     first_folders = {name.split("/")[0] for name in images if "/" in name}
     folders_are_splits = len(first_folders) > 1 and all(map(parse_split, first_folders))
 
     for name in sorted([*images, *alone]):
         if name in alone:
-            stem = name.removesuffix(suffix)
+            stem = alone[name]
             detail = f"{name}: there is no image {stem} ending in {', '.join(IMAGE_SUFFIXES)}. "
             detail += "Put the image beside it or remove the text."
             yield {"line_id": stem, "file": name, "reason": "missing_image", "detail": detail}
@@ -53,19 +60,34 @@ def read_lines(path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
             folders = folders[1:]
         if folders:
             row |= {"writer_id": folders[0], "page_id": "/".join(folders)}
-        yield row | _read_text(path, row["line_id"] + suffix)
+        expected = row["line_id"] + suffixes.get(_folder(name), usual)
+        yield row | _read_text(path, texts.get(row["line_id"], expected))
 
 
 def _stem(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _text_suffixes(files: Iterable[str], stems: set[str]) -> dict[str, str]:
+    """By folder, which of TEXT_SUFFIXES its texts have; folders without texts that belong to images are left out."""
+    ground_truth, plain = TEXT_SUFFIXES
+    found: dict[str, str] = {}
+    for name in files:
+        if name.lower().endswith(ground_truth):
+            found[_folder(name)] = ground_truth
+        elif name.lower().endswith(plain) and _stem(name) in stems:
+            found.setdefault(_folder(name), plain)
+    return found
+
+
 def has_lines(path: Path) -> bool:
     """Whether the folder has a text that is named as ground truth or lies beside an image of its name."""
-    return any(
-        text.name.endswith(TEXT_SUFFIXES[0]) or any(text.with_suffix(suffix).is_file() for suffix in IMAGE_SUFFIXES)
-        for text in path.rglob("*.txt")
-    )
+    files = list(visible_files(path))
+    return bool(_text_suffixes(files, {_stem(name) for name in files if name.lower().endswith(IMAGE_SUFFIXES)}))
 
 
 def visible_files(path: Path) -> Iterator[str]:

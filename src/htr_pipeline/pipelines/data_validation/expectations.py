@@ -285,7 +285,8 @@ def set_checks() -> list[Check]:
             lambda frame: (
                 "Writers in more than one split, so that the test would have hands seen in training: "
                 + _list_writers(frame[~frame["writer_splits"].isin(SPLITS)])
-                + ". Correct the splits in the source, or set source.split=by_writer to split by writer."
+                + ". Correct the splits in the source, or set source.split=by_writer to split by writer. If the "
+                "test is to be of the same hands, set validation.levels.writer_in_two_splits=warn."
             ),
         ),
         Check(

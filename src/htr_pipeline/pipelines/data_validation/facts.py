@@ -73,9 +73,22 @@ def collect_facts(lines: pa.Table, config: ValidationConfig, image_config: Image
     frame["same_image"] = _ids_at(frame, first.where(first < rows, -1).to_numpy(np.int64))
     frame["near_image"] = _ids_at(frame, _near_images(frame["image_hash"].where(first == rows), config))
     frame["other_page"] = _pages_of_same_text(frame)
-    splits = frame.groupby("writer_id")["split"].unique().map(lambda found: " and ".join(sorted(found)))
-    frame["writer_splits"] = frame["writer_id"].map(splits)
+    frame["writer_splits"] = _splits_of_writer(frame)
     return frame
+
+
+def _splits_of_writer(frame: pd.DataFrame) -> pd.Series:
+    """The splits of each line's writer in words; the line's own where hands cannot be kept apart.
+
+    That is: fewer than three writers in all, or a single one to train and to validate with, who is not in the test.
+    """
+    splits = frame.groupby("writer_id")["split"].unique().map(lambda found: " and ".join(sorted(found)))
+    of_writer = frame["writer_id"].map(splits)
+    if len(splits) < 3:
+        return frame["split"]
+    if (splits.isin(("train", "validation", "train and validation"))).sum() == 1:
+        return of_writer.where(of_writer != "train and validation", frame["split"])
+    return of_writer
 
 
 def count_characters(texts: pa.ChunkedArray) -> Counter[str]:

@@ -73,14 +73,28 @@ def import_sources(
     imported = pa.concat_tables(lines)
     if "validation" not in pc.unique(imported["split"]).to_pylist():
         splits, notes = with_validation(
-            *(imported[column].to_pylist() for column in ("line_id", "writer_id", "split")),
+            *(_plain_ids(imported, column, prefixes) for column in ("line_id", "writer_id")),
+            imported["split"].to_pylist(),
             validation_share=source.validation_share,
+            test_share=source.test_share,
         )
         place, field = imported.column_names.index("split"), MANIFEST.field("split")
         imported = imported.set_column(place, field, pa.array(splits, field.type))
         warnings += notes
+    writers = pc.unique(imported["writer_id"]).to_pylist()
+    if len(imported) and len(writers) < 3 and not any("says nothing about new hands" in note for note in warnings):
+        warnings.append(
+            f"All lines are by {len(writers)} writer(s) ({', '.join(writers)}): where the test has hands seen "
+            "in training, its CER says nothing about new hands."
+        )
     imported = imported.replace_schema_metadata({**MANIFEST.metadata, **metadata})
     return imported, pa.concat_tables(rejected), warnings
+
+
+def _plain_ids(imported: pa.Table, column: str, prefixes: dict[str, str]) -> list[str]:
+    """The ids as their sources have them, by which the hash goes; those of several sources may be equal."""
+    names = zip(imported[column].to_pylist(), imported["source"].to_pylist(), strict=True)
+    return [name.removeprefix(prefixes[source]) for name, source in names]
 
 
 def _with_prefix(table: pa.Table, prefix: str, names: Sequence[str]) -> dict[str, Any]:
