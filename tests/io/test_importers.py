@@ -269,6 +269,20 @@ def test_csv_and_parquet_give_the_same_lines_as_tsv(table, kind):
     assert import_rows(table)[0] == expected
 
 
+def test_folders_of_images_named_like_splits_are_the_splits_of_a_table_without_any(tmp_path):
+    names = ("train/1.png", "validation/2.png", "test/3.png")
+    for name in names:
+        write_line(tmp_path, name)
+    table = tmp_path / "metadata.csv"
+    table.write_text("file_name,text\n" + "".join(f"{name},a\n" for name in names), encoding="utf-8")
+    splits = [record["split"] for record in import_rows(table)[0]]
+    assert splits == ["train", "validation", "test"]
+    write_line(tmp_path, "letters/4.png")
+    with table.open("a", encoding="utf-8") as file:
+        file.write("letters/4.png,a\n")
+    assert {record["split"] for record in import_rows(table)[0]} == {None}
+
+
 def test_columns_can_be_named_and_an_empty_name_means_none(table):
     text = (table / "lines.tsv").read_text().replace("id\tset\tdocument\tpage\ttext", "key\tset\thand\tscribe\twords")
     (table / "lines.tsv").write_text(text)

@@ -75,9 +75,21 @@ def _rows_of_table(file: Path, config: "SourceConfig", is_split: bool) -> Iterat
     if config.split != "given":
         names.pop("split", None)
     split = parse_split(file.stem.partition("-")[0]) if is_split else None
+    by_folder = config.split == "given" and not split and _folders_are_splits(file, names)
     for number, values in rows:
         row = _row(file, number, values, names)
+        if by_folder:
+            split = parse_split(row.get("image_path", "").partition("/")[0])
         yield row | {"split": row.get("split") or split}
+
+
+def _folders_are_splits(file: Path, names: Mapping[str, str]) -> bool:
+    """Whether a text table has no column of splits, and the first folders of all its images are named like splits."""
+    if "split" in names or "image" not in names or file.suffix.lower() == ".parquet":
+        return False
+    images = (values[names["image"]] for _, values in _read_text_table(file)[1] if not isinstance(values, str))
+    folders = {(image or "").replace("\\", "/").partition("/")[0] for image in images}
+    return len(folders) > 1 and all(map(parse_split, folders))
 
 
 def find_tables(path: Path) -> list[Path]:
