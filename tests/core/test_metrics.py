@@ -194,3 +194,23 @@ class TestPairedBootstrap:
 def test_signature_names_form_split_lines_and_version():
     expected = "CER|norm:NFC|space:single|case:mixed|split:test|n:345|v:0.1.0"
     assert signature("NFC", "test", 345, "0.1.0") == expected
+
+
+def test_missing_texts_figures_and_groups_are_named():
+    with pytest.raises(ValueError, match=r"references\[2\] = None: expected str"):
+        score_lines(["a", "b", None], ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"hypotheses\[0\] = b'a'"):
+        score_lines(["a"], [b"a"])
+    with pytest.raises(ValueError, match="hypotheses is one string"):
+        score_lines(["a", "b"], "ab")
+    with pytest.raises(ValueError, match="no number of at least 0"):
+        bootstrap_interval([1, np.nan], [10, 10])
+    with pytest.raises(ValueError, match="no number of at least 0"):
+        bootstrap_interval([1, -2], [10, 10])
+    with pytest.raises(ValueError, match=r"groups\[1\] is missing"):
+        bootstrap_interval([1, 2], [10, 10], ["anna", None])
+
+
+def test_one_writer_proves_nothing():
+    edits = np.random.default_rng(0).poisson(4, (2, 100))
+    assert paired_bootstrap(*edits, [40] * 100, ["anna"] * 100).p_value == 1.0

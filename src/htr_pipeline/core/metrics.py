@@ -104,7 +104,8 @@ class PairedBootstrap:
         low: lower end of the interval of the difference.
         high: upper end of the interval of the difference.
         probability_a_better: share of the resamples in which A makes fewer errors, 0..1; equally many count one half.
-        p_value: two-sided; how often resampling alone would put the difference on the other side of zero.
+        p_value: two-sided; how often resampling alone would put the difference on the other side of zero; 1 for a
+            single group, which says nothing about others.
     """
 
     difference: float
@@ -232,7 +233,8 @@ def paired_bootstrap(
         low=low,
         high=high,
         probability_a_better=float((differences < 0).mean() + (differences == 0).mean() / 2),
-        p_value=min(1.0, float(2 * min(not_better, not_worse) / (num_samples + 1))),
+        # Of a single unit every resample is the same, which shows nothing.
+        p_value=min(1.0, float(2 * min(not_better, not_worse) / (num_samples + 1))) if len(a) > 1 else 1.0,
     )
 
 
@@ -245,7 +247,20 @@ def signature(unicode_form: str, split: str, num_lines: int, version: str) -> st
     return f"CER|norm:{unicode_form}|space:single|case:mixed|split:{split}|n:{num_lines}|v:{version}"
 
 
+def _texts(name: str, texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise ValueError(f"{name} is one string: expected a list of lines.")
+    found = list(texts)
+    wrong = next((place for place, text in enumerate(found) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{name}[{wrong}] = {found[wrong]!r}: expected str; a line of which nothing was read is empty."
+        )
+    return found
+
+
 def _pairs(references: Sequence[str], hypotheses: Sequence[str]) -> Iterator[tuple[str, str]]:
+    references, hypotheses = _texts("references", references), _texts("hypotheses", hypotheses)
     if len(references) != len(hypotheses):
         raise ValueError(
             f"Got {len(references)} references and {len(hypotheses)} hypotheses: expected one hypothesis each."
@@ -282,7 +297,12 @@ def _by_unit(
             f"confidence = {confidence}, num_samples = {num_samples}: expected a confidence between 0 and 1, "
             "such as 0.95, and at least one sample."
         )
+    if not all((np.isfinite(column) & (column >= 0)).all() for column in columns):
+        raise ValueError("edits and lengths hold something that is no number of at least 0.")
     if groups is not None:
+        missing = next((place for place, group in enumerate(groups) if group is None or group != group), None)
+        if missing is not None:
+            raise ValueError(f"groups[{missing}] is missing: expected the line's group. Give the line one of its own.")
         _, unit = np.unique(np.asarray(groups), return_inverse=True)
         columns = [np.bincount(unit, weights=column).astype(np.float64) for column in columns]
     return columns[:-1], columns[-1]

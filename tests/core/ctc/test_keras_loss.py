@@ -190,3 +190,23 @@ def test_unpacked_targets_are_an_error():
         CTCLoss()(np.ones((2, 1), int), logits)
     with pytest.raises(ValueError, match="label_length is missing"):
         pack_targets([[0, 1]], None, [3])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([5.9, 5.2], "logit_length are float32: expected int32 or int64"),
+        ([6], "logit_length has 1 lengths for 2 rows of labels"),
+        (6, r"logit_length has shape \(\): expected one length for each row"),
+        ([[6], [5]], r"logit_length has shape \(2, 1\)"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_named_when_packed(lengths, message):
+    with pytest.raises(ValueError, match=message):
+        pack_targets([[1, 2], [1, 0]], [2, 1], lengths)
+
+
+def test_lengths_beyond_32_bits_are_not_taken_for_others():
+    targets = pack_targets([[1, 2], [1, 0]], [2, 1], np.array([2**32 + 6, 6]))
+    with pytest.raises(ValueError, match="logit_length"):
+        CTCLoss()(targets, np.zeros((2, 6, 4), np.float32))
