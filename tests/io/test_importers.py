@@ -5,6 +5,7 @@ import resource
 import shutil
 import struct
 import tracemalloc
+import unicodedata
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -99,6 +100,24 @@ def test_endings_may_be_in_capitals(tmp_path, image, text):
     records, rejected = import_rows(tmp_path)
     assert [record["text"] for record in records] == ["eins"]
     assert rejected == []
+
+
+def test_a_folder_whose_name_is_a_number_is_told_how_to_be_written():
+    with pytest.raises(UserError, match=r"source\.path = 1914: expected text, got a number.*of that name is \./1914"):
+        SourceConfig(path=1914)
+
+
+@pytest.mark.parametrize(("image_form", "text_form"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_composed_and_decomposed_are_the_same(tmp_path, image_form, text_form):
+    image, text = (unicodedata.normalize(form, "é1") for form in (image_form, text_form))
+    write_line(tmp_path / "lines", "x.png", "eins")
+    (tmp_path / "lines" / "x.png").rename(tmp_path / "lines" / f"{image}.png")
+    (tmp_path / "lines" / "x.gt.txt").rename(tmp_path / "lines" / f"{text}.gt.txt")
+    (tmp_path / "table.tsv").write_text(f"image\ttext\nlines/{text}.png\tzwei\n", encoding="utf-8")
+    for source, read in (("lines", "eins"), ("table.tsv", "zwei")):
+        records, rejected = import_rows(tmp_path / source)
+        assert [record["text"] for record in records] == [read]
+        assert rejected == []
 
 
 @pytest.mark.parametrize("path", ["data/01_raw/demo", "./data/01_raw/demo/"])

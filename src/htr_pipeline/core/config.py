@@ -111,4 +111,6 @@ def _mismatch(value: Any, hint: Any, metadata: typing.Mapping[str, Any]) -> str 
         fits = (low is None or value >= low) and (high is None or value <= high)
     if fits and choices is not None:
         fits = value in choices
+    if str in kinds and choices is None and isinstance(value, int | float) and not isinstance(value, bool):
+        expected += f', got a number. Put it into quotes: "{value}"; a file or folder of that name is ./{value}'
     return None if fits else expected

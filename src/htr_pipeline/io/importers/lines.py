@@ -1,6 +1,7 @@
 """Line images with their text beside them: NAME.png, .jpg, .jpeg, .tif or .tiff and NAME.gt.txt or NAME.txt."""
 
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,14 +35,14 @@ def read_lines(path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
         raise UserError(f"source.path = {str(path)!r}: format 'lines' expected a folder, got a file. Give its folder.")
     files = sorted(visible_files(path))
     images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
-    stems = set(map(_stem, images))
+    stems = {_composed(_stem(name)) for name in images}
     suffixes = _text_suffixes(files, stems)
     usual = min(suffixes.values(), key=TEXT_SUFFIXES.index, default=TEXT_SUFFIXES[0])
-    texts = {}  # by stem
+    texts = {}  # by composed stem
     for name in files:
         suffix = suffixes.get(_folder(name), usual)
         if name.lower().endswith(suffix):
-            texts[name[: -len(suffix)]] = name
+            texts[_composed(name[: -len(suffix)])] = name
     alone = {name: stem for stem, name in texts.items() if stem not in stems}
     first_folders = {name.split("/")[0] for name in images if "/" in name}
     folders_are_splits = len(first_folders) > 1 and all(map(parse_split, first_folders))
@@ -61,11 +62,16 @@ def read_lines(path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
         if folders:
             row |= {"writer_id": folders[0], "page_id": "/".join(folders)}
         expected = row["line_id"] + suffixes.get(_folder(name), usual)
-        yield row | _read_text(path, texts.get(row["line_id"], expected))
+        yield row | _read_text(path, texts.get(_composed(row["line_id"]), expected))
 
 
 def _stem(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def _composed(name: str) -> str:
+    """A name as most systems write it: a Mac may have written é as two characters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _folder(name: str) -> str:
@@ -79,7 +85,7 @@ def _text_suffixes(files: Iterable[str], stems: set[str]) -> dict[str, str]:
     for name in files:
         if name.lower().endswith(ground_truth):
             found[_folder(name)] = ground_truth
-        elif name.lower().endswith(plain) and _stem(name) in stems:
+        elif name.lower().endswith(plain) and _composed(_stem(name)) in stems:
             found.setdefault(_folder(name), plain)
     return found
 
@@ -87,7 +93,8 @@ def _text_suffixes(files: Iterable[str], stems: set[str]) -> dict[str, str]:
 def has_lines(path: Path) -> bool:
     """Whether the folder has a text that is named as ground truth or lies beside an image of its name."""
     files = list(visible_files(path))
-    return bool(_text_suffixes(files, {_stem(name) for name in files if name.lower().endswith(IMAGE_SUFFIXES)}))
+    images = (name for name in files if name.lower().endswith(IMAGE_SUFFIXES))
+    return bool(_text_suffixes(files, {_composed(_stem(name)) for name in images}))
 
 
 def visible_files(path: Path) -> Iterator[str]:

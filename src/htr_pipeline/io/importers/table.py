@@ -7,6 +7,7 @@ A Parquet table may hold the images themselves, as Hugging Face's datasets do: a
 import csv
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -333,6 +334,9 @@ def _row(file: Path, number: int, values: Mapping[str, Any] | str, names: Mappin
         return rejected | {"reason": "missing_image", "detail": detail}
     if "\\" in image_path and not _is_file(file.parent / image_path):
         image_path = image_path.replace("\\", "/")  # a table written on Windows
+    if not image_path.isascii() and not _is_file(file.parent / image_path):  # é in one character and in two
+        forms = (unicodedata.normalize(form, image_path) for form in ("NFC", "NFD"))
+        image_path = next((form for form in forms if _is_file(file.parent / form)), image_path)
     return {
         "line_id": line_id or image_path.rpartition(".")[0] or image_path,
         "file": place,
