@@ -211,6 +211,14 @@ def test_images_that_fit_equally_well_are_named(source):
     assert "its image may be scans/p.png, thumbs/p.png" in rejected[0]["detail"]
 
 
+def test_image_of_a_kind_that_is_not_read_is_told_so(source):
+    (source / "page.png").rename(source / "page.webp")
+    add(source, "escriptorium_2019.xml", "a.xml", {"page.png": "page.webp"})
+    _, rejected = read(source)
+    assert {row["reason"] for row in rejected} == {"missing_image"}
+    assert "its image is 'page.webp', and no image of that name ends in .png" in rejected[0]["detail"]
+
+
 def test_image_above_the_source_is_not_read_but_the_way_out_is_told(source):
     add(source, "escriptorium_2019.xml", "page/a.xml")
     _, rejected = read(source / "page")

@@ -346,6 +346,11 @@ class ImageIndex:
                     raise UserError(f"its image may be {_few(fitting)}. Keep one, or put it beside the XML file.")
                 if fitting:
                     return fitting[0]
+        if "." in base and not base.lower().endswith(IMAGE_SUFFIXES):
+            raise UserError(
+                f"its image is {base!r}, and no image of that name ends in {', '.join(IMAGE_SUFFIXES)}; others are not "
+                "read. Convert it to PNG, JPEG or TIFF."
+            )
         raise UserError(
             f"there is no image {base or xml_stem!r} in its folder, one folder up or in a folder beside it "
             "(within source.path). Put it there; if it lies above source.path, give that folder as source.path."
