@@ -1,7 +1,7 @@
 """Which split a line belongs to: decided by writer, once, and the same on every machine."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 # Each split with the names that data sets have for it.
 SPLIT_NAMES = {
@@ -9,11 +9,18 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev", "development", "eval"),
     "test": ("test", "testing"),
 }
+FEWEST_WRITERS = len(SPLIT_NAMES)  # with fewer, a hand is in two splits
+NO_NEW_HANDS = "its CER says nothing about new hands"  # part of a warning
 
 
 def parse_split(name: str) -> str | None:
     """The split that a data set calls by this name, in upper or lower case; None where it is no such name."""
     return next((split for split, names in SPLIT_NAMES.items() if name.strip().lower() in names), None)
+
+
+def are_splits(folders: Collection[str]) -> bool:
+    """Whether folders side by side are the splits of a data set: there are several, all with such names."""
+    return len(folders) > 1 and all(map(parse_split, folders))
 
 
 def assign_splits(
@@ -54,10 +61,10 @@ def assign_splits(
             "Name the writers: source.writer_pattern for files, source.writer_column for a table."
         )
     units: Sequence[str] = writer_ids
-    if free and len(set(writer_ids)) < 3 and not split_of:
+    if free and len(set(writer_ids)) < FEWEST_WRITERS and not split_of:
         warnings.append(
             f"Only {len(free)} writer(s) for three splits: split by line, so the test has hands seen in training and "
-            "its CER says nothing about new hands. Add lines of more writers, or give the splits in the source."
+            f"{NO_NEW_HANDS}. Add lines of more writers, or give the splits in the source."
         )
         units, free = line_ids, sorted(line_ids, key=_position)
 

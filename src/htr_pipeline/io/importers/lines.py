@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.core.splits import parse_split
+from htr_pipeline.core.splits import are_splits, parse_split
 
 if TYPE_CHECKING:
     from htr_pipeline.io.importers import SourceConfig
@@ -45,7 +45,7 @@ def read_lines(path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
             texts[_composed(name[: -len(suffix)])] = name
     alone = {name: stem for stem, name in texts.items() if stem not in stems}
     first_folders = {name.split("/")[0] for name in images if "/" in name}
-    folders_are_splits = len(first_folders) > 1 and all(map(parse_split, first_folders))
+    folders_are_splits = are_splits(first_folders)
 
     for name in sorted([*images, *alone]):
         if name in alone:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.core.splits import SPLIT_NAMES, parse_split
+from htr_pipeline.core.splits import SPLIT_NAMES, are_splits, parse_split
 from htr_pipeline.io.atomic import replacing
 
 if TYPE_CHECKING:
@@ -79,9 +79,8 @@ def _rows_of_table(file: Path, config: "SourceConfig", is_split: bool) -> Iterat
     by_folder = config.split == "given" and not split and _folders_are_splits(file, names)
     for number, values in rows:
         row = _row(file, number, values, names)
-        if by_folder:
-            split = parse_split(row.get("image_path", "").partition("/")[0])
-        yield row | {"split": row.get("split") or split}
+        of_folder = parse_split(row.get("image_path", "").partition("/")[0]) if by_folder else None
+        yield row | {"split": row.get("split") or split or of_folder}
 
 
 def _folders_are_splits(file: Path, names: Mapping[str, str]) -> bool:
@@ -90,7 +89,7 @@ def _folders_are_splits(file: Path, names: Mapping[str, str]) -> bool:
         return False
     images = (values[names["image"]] for _, values in _read_text_table(file)[1] if not isinstance(values, str))
     folders = {(image or "").replace("\\", "/").partition("/")[0] for image in images}
-    return len(folders) > 1 and all(map(parse_split, folders))
+    return are_splits(folders)
 
 
 def find_tables(path: Path) -> list[Path]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.cutting import line_band
-from htr_pipeline.core.splits import parse_split
+from htr_pipeline.core.splits import are_splits, parse_split
 from htr_pipeline.io.importers.lines import IMAGE_SUFFIXES, visible_files
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class PageFormat:
         images = ImageIndex(visible_files(root))
         files = xml_files(path)
         first_folders = {_place(name)[0] for name in files if _place(name)}
-        folders_are_splits = len(first_folders) > 1 and all(map(parse_split, first_folders))
+        folders_are_splits = are_splits(first_folders)
         others = []
         for name in files:
             page_id = page_id_of(name)

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from htr_pipeline.core.characters import describe_characters, is_debris, is_invisible, look_alike_words, plain_form
 from htr_pipeline.core.image import ImageConfig, find_near_duplicates, num_frames, scaled_width
+from htr_pipeline.core.splits import FEWEST_WRITERS
 from htr_pipeline.core.text import required_frames
 from htr_pipeline.io.manifest import id_prefixes
 from htr_pipeline.pipelines.data_validation.expectations import ValidationConfig
@@ -84,9 +85,9 @@ def _splits_of_writer(frame: pd.DataFrame) -> pd.Series:
     """
     splits = frame.groupby("writer_id")["split"].unique().map(lambda found: " and ".join(sorted(found)))
     of_writer = frame["writer_id"].map(splits)
-    if len(splits) < 3:
+    if len(splits) < FEWEST_WRITERS:
         return frame["split"]
-    if (splits.isin(("train", "validation", "train and validation"))).sum() == 1:
+    if splits.isin(("train", "validation", "train and validation")).sum() == 1:
         return of_writer.where(of_writer != "train and validation", frame["split"])
     return of_writer
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig
-from htr_pipeline.core.splits import assign_splits, with_validation
+from htr_pipeline.core.splits import FEWEST_WRITERS, NO_NEW_HANDS, assign_splits, with_validation
 from htr_pipeline.io.atomic import replacing
 from htr_pipeline.io.importers import SourceConfig, SourcesConfig, import_lines, source_root
 from htr_pipeline.io.importers.demo import DemoConfig
@@ -82,10 +82,10 @@ def import_sources(
         imported = imported.set_column(place, field, pa.array(splits, field.type))
         warnings += notes
     writers = pc.unique(imported["writer_id"]).to_pylist()
-    if len(imported) and len(writers) < 3 and not any("says nothing about new hands" in note for note in warnings):
+    if 0 < len(writers) < FEWEST_WRITERS and not any(NO_NEW_HANDS in note for note in warnings):
         warnings.append(
             f"All lines are by {len(writers)} writer(s) ({', '.join(writers)}): where the test has hands seen "
-            "in training, its CER says nothing about new hands."
+            f"in training, {NO_NEW_HANDS}."
         )
     imported = imported.replace_schema_metadata({**MANIFEST.metadata, **metadata})
     return imported, pa.concat_tables(rejected), warnings
