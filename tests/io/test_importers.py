@@ -276,13 +276,15 @@ def test_quotation_marks_of_a_tsv_belong_to_the_text(table):
     assert import_rows(table)[0][1]["text"] == '"Wort"'
 
 
-@pytest.mark.parametrize("kind", ["csv", "semicolons", "parquet"])
-def test_csv_and_parquet_give_the_same_lines_as_tsv(table, kind):
+@pytest.mark.parametrize("kind", ["csv", "semicolons", "parquet", "json lines"])
+def test_other_kinds_of_tables_give_the_same_lines_as_tsv(table, kind):
     expected, _ = import_rows(table)
     frame = pd.read_csv(table / "lines.tsv", sep="\t", quoting=3, dtype=str)
     (table / "lines.tsv").unlink()
     if kind == "parquet":
         frame.to_parquet(table / "lines.parquet")
+    elif kind == "json lines":
+        frame.to_json(table / "lines.jsonl", orient="records", lines=True)
     else:
         frame.to_csv(table / "lines.csv", index=False, sep=";" if kind == "semicolons" else ",")
     assert import_rows(table)[0] == expected
@@ -300,6 +302,50 @@ def test_folders_of_images_named_like_splits_are_the_splits_of_a_table_without_a
     with table.open("a", encoding="utf-8") as file:
         file.write("letters/4.png,a\n")
     assert {record["split"] for record in import_rows(table)[0]} == {None}
+
+
+@pytest.mark.parametrize("place", ["", "data/"])
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_a_table_in_each_folder_of_a_split_is_that_split(tmp_path, name, place):
+    header = "file_name,text\n" if name.endswith("csv") else ""
+    for folder, split in (("train", "train"), ("val", "validation"), ("test", "test")):
+        write_line(tmp_path, f"{place}{folder}/images/1.png")
+        (tmp_path / place / folder / "images/1.gt.txt").unlink()
+        cells = f"images/1.png,{split}\n" if header else f'{{"file_name": "images/1.png", "text": "{split}"}}\n'
+        (tmp_path / place / folder / name).write_text(header + cells, encoding="utf-8")
+    records, rejected = import_rows(tmp_path)
+    assert rejected == []
+    assert [record["split"] for record in records] == [record["text"] for record in records]
+    assert sorted(record["line_id"] for record in records) == [f"{place}{s}/images/1" for s in ("test", "train", "val")]
+
+
+def test_images_of_a_table_in_the_folder_data_lie_beside_it_or_beside_the_folder(tmp_path):
+    write_line(tmp_path, "data/beside/1.png")
+    write_line(tmp_path, "above/2.png")
+    (tmp_path / "data" / "lines.csv").write_text("image,text\nbeside/1.png,a\nabove/2.png,b\nno/3.png,c\n")
+    records, rejected = import_rows(tmp_path, format="table")
+    assert [record["image_path"] for record in records] == ["data/beside/1.png", "above/2.png"]
+    assert [row["reason"] for row in rejected] == ["missing_image"]
+
+
+def test_bad_rows_of_json_lines_are_rejected_and_the_others_read(tmp_path):
+    write_line(tmp_path, "1.png")
+    good = '{"image": "1.png", "text": "a", "writer": null}'
+    rows = ["", "{", "[1]", "[" * 100_000, good, '{"image": "1.png"}', '{"image": "1.png", "text": NaN, "id": "b"}']
+    table = tmp_path / "lines.jsonl"
+    table.write_text("\n".join(rows), encoding="utf-8")
+    records, rejected = import_rows(table)
+    assert [record["line_id"] for record in records] == ["1"]
+    assert [(row["file"], row["reason"]) for row in rejected] == [
+        ("lines.jsonl:2", "bad_row"),
+        ("lines.jsonl:3", "bad_row"),
+        ("lines.jsonl:4", "bad_row"),
+        ("lines.jsonl:6", "empty_text"),
+        ("lines.jsonl:7", "empty_text"),
+    ]
+    table.write_bytes(b'{"image": "1.png", "text": "\xe9"}')
+    with pytest.raises(UserError, match="not UTF-8 .*Save the table again as UTF-8"):
+        import_rows(table)
 
 
 def test_columns_can_be_named_and_an_empty_name_means_none(table):

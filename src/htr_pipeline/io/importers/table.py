@@ -1,4 +1,4 @@
-"""Tables of lines, one a row, with text and image path: tab-separated, comma-separated or Parquet.
+"""Tables of lines, one a row, with text and image path: tab-separated, comma-separated, JSON lines or Parquet.
 
 A Parquet table may hold the images themselves, as Hugging Face's datasets do: a column of bytes, or of structures
 {bytes, path}. They are unpacked once, into files named by their content, so that every later step reads files.
@@ -6,6 +6,7 @@ A Parquet table may hold the images themselves, as Hugging Face's datasets do: a
 
 import csv
 import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from htr_pipeline.io.atomic import replacing
 if TYPE_CHECKING:
     from htr_pipeline.io.importers import SourceConfig
 
-TABLE_SUFFIXES = (".tsv", ".csv", ".parquet")
+TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 
 _USUAL_NAMES = {
     "image": ("image", "image_path", "image_file", "path", "file", "filename", "file_name", "img"),
@@ -49,14 +50,15 @@ _EXPANSION_FROM_BYTES = 2**30  # a smaller table does no harm
 
 
 def read_table(path: Path, config: "SourceConfig") -> Iterable[dict[str, Any]]:
-    """One row for each row of the table; image paths are relative to its folder.
+    """One row for each row of the table; image paths are relative to its folder, or else to the source's.
 
     A .tsv has no quoting: a quotation mark in it is part of the text. Without an image column the image of line ID is
     lines/ID.png, images/ID.png or ID.png (or .jpg, .tif) beside the table. Images within the table are written to
     `config.unpack_path`, and their paths are relative to it.
 
     Args:
-        path: the table's file, or a folder with one table or with tables that are named for their splits.
+        path: the table's file, or a folder with one table, with tables that are named for their splits, or with one
+            table in each of the splits' folders.
         config: names of the columns.
 
     Raises:
@@ -64,21 +66,22 @@ def read_table(path: Path, config: "SourceConfig") -> Iterable[dict[str, Any]]:
             there is not.
     """
     files = _table_files(path)
-    rows = (row for file in files for row in _rows_of_table(file, config, is_split=len(files) > 1))
+    root = path.parent if path.is_file() else path
+    rows = (row for file in files for row in _rows_of_table(file, root, config, is_split=len(files) > 1))
     if unpacked_folder(path, config) and "id" not in _find_columns(files[0], _parquet_schema(files[0]).names, config):
         return _named_as_in_table(list(rows))
     return rows
 
 
-def _rows_of_table(file: Path, config: "SourceConfig", is_split: bool) -> Iterator[dict[str, Any]]:
+def _rows_of_table(file: Path, root: Path, config: "SourceConfig", is_split: bool) -> Iterator[dict[str, Any]]:
     columns, rows = _read_parquet(file, config) if file.suffix.lower() == ".parquet" else _read_text_table(file)
     names = _find_columns(file, columns, config)
     if config.split != "given":
         names.pop("split", None)
-    split = parse_split(file.stem.partition("-")[0]) if is_split else None
+    split = _split_of(file) if is_split else None
     by_folder = config.split == "given" and not split and _folders_are_splits(file, names)
     for number, values in rows:
-        row = _row(file, number, values, names)
+        row = _row(file, root, number, values, names)
         of_folder = parse_split(row.get("image_path", "").partition("/")[0]) if by_folder else None
         yield row | {"split": row.get("split") or split or of_folder}
 
@@ -93,13 +96,25 @@ def _folders_are_splits(file: Path, names: Mapping[str, str]) -> bool:
 
 
 def find_tables(path: Path) -> list[Path]:
-    """The tables directly in a folder, or else in its subfolder data/, sorted by name."""
+    """The tables directly in a folder, or else in its subfolder data/, or in folders of splits, sorted by name."""
     for folder in (path, path / "data"):
-        entries = sorted(folder.iterdir()) if folder.is_dir() else []
-        tables = [entry for entry in entries if entry.suffix.lower() in TABLE_SUFFIXES and entry.is_file()]
-        if tables := [table for table in tables if not table.name.startswith(".")]:
-            return tables
+        subfolders = [entry for entry in _entries(folder) if entry.is_dir() and parse_split(entry.name)]
+        for folders in ([folder], subfolders):
+            entries = (entry for some in folders for entry in _entries(some))
+            if tables := [entry for entry in entries if entry.suffix.lower() in TABLE_SUFFIXES and entry.is_file()]:
+                return tables
     return []
+
+
+def _entries(folder: Path) -> list[Path]:
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a table or, of a table of any other name, its folder is named for."""
+    match = _SPLIT_FILE.fullmatch(file.stem)
+    return (parse_split(match[1]) if match else None) or parse_split(file.parent.name)
 
 
 def unpacked_folder(path: Path, config: "SourceConfig") -> Path | None:
@@ -120,19 +135,20 @@ def _table_files(path: Path) -> list[Path]:
             f"source.path = {str(path)!r}: a table ends in {', '.join(TABLE_SUFFIXES)}, this file in {path.suffix!r}."
         )
     tables = find_tables(path)
-    matches = [_SPLIT_FILE.fullmatch(table.stem) for table in tables]
-    named_for_splits = all(match and parse_split(match[1]) for match in matches)
-    if not tables or (len(tables) > 1 and not named_for_splits):
+    if not tables or (len(tables) > 1 and not all(map(_split_of, tables))):
         found = f"{len(tables)}: {', '.join(table.name for table in tables)}" if tables else "none"
         raise UserError(
             f"source.path = {str(path)!r}: expected one table ({', '.join(TABLE_SUFFIXES)}) in the folder, or one for "
-            f"each split (train.tsv, test-00000-of-00001.parquet), found {found}. Give the path of the table itself."
+            f"each split (train.tsv, test-00000-of-00001.parquet, train/metadata.csv), found {found}. Give the path of "
+            "the table itself."
         )
     return tables
 
 
 def _read_text_table(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, Any] | str]]]:
     """Column names, and for each row its line number with its values, or with what is wrong with it."""
+    if file.suffix.lower() == ".jsonl":
+        return _read_json_lines(file)
     rows = _read_cells(file)
     columns = [name.strip() for name in next(rows, (0, []))[1]]
     problem = f"{{}} cells where the header has {len(columns)}"
@@ -146,18 +162,45 @@ def _read_text_table(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[st
 def _read_cells(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of each row, the header first."""
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
+        with _utf8(file), file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, **_dialect(file, stream.readline()))
             stream.seek(0)
             for cells in reader:
                 yield reader.line_num, cells
-    except UnicodeDecodeError as exc:
-        raise UserError(
-            f"{file}: not UTF-8 ({exc.reason} at byte {exc.start}). Save the table again as UTF-8."
-        ) from exc
     except csv.Error as exc:
         raise UserError(
             f"{file}, line {reader.line_num}: {exc}. Look for a quotation mark that is not closed."
+        ) from exc
+
+
+def _read_json_lines(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, Any] | str]]]:
+    """The same of a file with a JSON object on each line, whose columns are those of any of its lines."""
+    columns = dict.fromkeys(name for _, values in _json_rows(file) if isinstance(values, dict) for name in values)
+    return list(columns), (
+        (number, columns | values if isinstance(values, dict) else values) for number, values in _json_rows(file)
+    )
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    with _utf8(file), file.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError) as exc:
+                yield number, f"this line is not JSON ({exc})"
+                continue
+            yield number, values if isinstance(values, dict) else "this line is JSON, but no object {...}"
+
+
+@contextmanager
+def _utf8(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as exc:
+        raise UserError(
+            f"{file}: not UTF-8 ({exc.reason} at byte {exc.start}). Save the table again as UTF-8."
         ) from exc
 
 
@@ -294,8 +337,11 @@ def _find_columns(file: Path, columns: list[str], config: "SourceConfig") -> dic
     return found
 
 
-def _row(file: Path, number: int, values: Mapping[str, Any] | str, names: Mapping[str, str]) -> dict[str, Any]:
-    place = f"{file.name}:{number}"
+def _row(
+    file: Path, root: Path, number: int, values: Mapping[str, Any] | str, names: Mapping[str, str]
+) -> dict[str, Any]:
+    folder = file.parent.relative_to(root)
+    place = f"{(folder / file.name).as_posix()}:{number}"
     if isinstance(values, str):
         detail = f"{place}: {values}. Correct the row; a tab or comma in a text must not part it."
         return {"line_id": place, "file": place, "reason": "bad_row", "detail": detail}
@@ -336,6 +382,8 @@ def _row(file: Path, number: int, values: Mapping[str, Any] | str, names: Mappin
     if not image_path.isascii() and not _is_file(file.parent / image_path):  # é in one character and in two
         forms = (unicodedata.normalize(form, image_path) for form in ("NFC", "NFD"))
         image_path = next((form for form in forms if _is_file(file.parent / form)), image_path)
+    if not isinstance(unpacked, _Unpacked):
+        image_path = _from_root(image_path, folder, root)
     return {
         "line_id": line_id or image_path.rpartition(".")[0] or image_path,
         "file": place,
@@ -347,6 +395,13 @@ def _row(file: Path, number: int, values: Mapping[str, Any] | str, names: Mappin
         "group": cells.get("group"),
         "image_name": unpacked.name if isinstance(unpacked, _Unpacked) else None,
     }
+
+
+def _from_root(image_path: str, folder: Path, root: Path) -> str:
+    """The path of an image of a table in `folder`: beside the table, or from the source's folder if it is there."""
+    beside = (folder / image_path).as_posix()
+    is_beside = folder.parts and (_is_file(root / beside) or not _is_file(root / image_path))
+    return beside if is_beside else image_path
 
 
 def _named_as_in_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
