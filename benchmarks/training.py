@@ -331,6 +331,10 @@ def main():
     if arguments.source and "=" in str(arguments.source) and not arguments.source.exists():
         arguments.overrides.insert(0, str(arguments.source))
         arguments.source = None
+    if arguments.source and not arguments.source.exists():
+        parser.error(f"{arguments.source}: there is no such folder or table")
+    if arguments.keep and arguments.keep.exists():
+        parser.error(f"--keep {arguments.keep}: there is something already; give a new folder")
     settings = read_settings(arguments)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start", flush=True)
     with tempfile.TemporaryDirectory() as temporary:

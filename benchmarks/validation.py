@@ -106,13 +106,14 @@ def measure(path, docs_path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lines", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    arguments = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     print("    lines   seconds  CPU seconds  CPU µs a line  peak GiB  rejected  warnings", flush=True)
-    for num_lines in parser.parse_args().lines:
+    for num_lines in arguments.lines:
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/manifest.parquet"
-            for work, arguments in ((make, (path, num_lines)), (measure, (path, folder))):
-                process = spawn.Process(target=work, args=arguments)
+            for work, given in ((make, (path, num_lines)), (measure, (path, folder))):
+                process = spawn.Process(target=work, args=given)
                 process.start()
                 process.join()
                 if process.exitcode:

@@ -23,9 +23,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, RESOURCE_DOES_NOT_EXIST
 from nbclient import NotebookClient
 
 from htr_pipeline.io.starting_point import StartingPoint
+from htr_pipeline.pipelines.registration.nodes import RegistrationConfig, _champion
 
 ROOT = Path(__file__).parents[1]
 NO_CACHES = shutil.ignore_patterns("__pycache__")
@@ -188,6 +190,8 @@ good, broken = sys.argv[2:]
 answers = {
     "path": model.predict(pd.DataFrame({"image": [good, broken]})),
     "bytes": model.predict(pd.DataFrame({"image": [Path(good).read_bytes(), Path(broken).read_bytes()]})),
+    "list": model.predict([good, broken]),
+    "column": model.predict(pd.DataFrame({"id": [7, 8], "image": [good, broken], "page": ["a.png", "b.png"]})),
     "beam": model.predict(pd.DataFrame({"image": [good]}), params={"decoder": "beam", "beam_width": 3}),
     "greedy": model.predict(pd.DataFrame({"image": [good]}), params={"decoder": "greedy"}),
 }
@@ -220,7 +224,7 @@ def test_champion_reads_paths_and_bytes_in_a_fresh_process_and_reports_a_broken_
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])
     expected = predictions.loc[("beam_lm", line["line_id"])]
-    for kind in ("path", "bytes"):
+    for kind in ("path", "bytes", "list", "column"):
         first, second = answers[kind]
         assert first["text"] == expected["hypothesis"]
         assert first["confidence"] == pytest.approx(expected["confidence"], rel=1e-3)
@@ -262,11 +266,13 @@ def server(toy):
 
 
 def test_served_model_reads_images_of_requests_and_no_files_of_the_server(toy, server):
-    def ask(images, **params):
-        body = json.dumps({"dataframe_split": {"columns": ["image"], "data": [[i] for i in images]}, "params": params})
-        request = Request(f"{server}/invocations", body.encode(), {"Content-Type": "application/json"})
+    def post(content):
+        request = Request(f"{server}/invocations", json.dumps(content).encode(), {"Content-Type": "application/json"})
         with urlopen(request, timeout=60) as answer:
             return json.loads(answer.read(), parse_constant=pytest.fail)["predictions"]  # NaN is no JSON
+
+    def ask(images, **params):
+        return post({"dataframe_split": {"columns": ["image"], "data": [[i] for i in images]}, "params": params})
 
     manifest = pd.read_parquet(catalog(toy.project)["manifest"])
     predictions = pd.read_parquet(catalog(toy.project)["predictions"]).set_index(["decoder", "line_id"])
@@ -282,6 +288,20 @@ def test_served_model_reads_images_of_requests_and_no_files_of_the_server(toy, s
     (greedy,) = ask([image], decoder="greedy")
     assert greedy["text"] == predictions.loc[("greedy", line["line_id"])]["hypothesis"]
     assert ask([image], looks=1)[0]["error"] is None
+    assert ask([base64.encodebytes(path.read_bytes()).decode()], alpha=None) == [good]
+    for content in (
+        {"dataframe_split": {"columns": ["id", "image"], "data": [[7, image]]}},
+        {"dataframe_records": [{"page": "7", "image": image}]},
+        {"instances": [image]},
+        {"instances": [{"image": image}]},
+        {"inputs": [image]},
+        {"inputs": {"image": [image]}},
+    ):
+        assert post(content) == [good], content
+    assert post({"inputs": []}) == post({"dataframe_records": []}) == []
+    with pytest.raises(HTTPError) as refused:
+        post({"dataframe_split": {"columns": ["id", "scan"], "data": [[7, image]]}})
+    assert "The columns are id, scan: expected a column image" in json.loads(refused.value.read())["message"]
     with pytest.raises(HTTPError) as refused:
         ask([image], decoder="beamlm")
     answer = json.loads(refused.value.read())
@@ -329,6 +349,37 @@ def test_second_run_on_the_same_data_gives_the_same_network_and_leaves_the_champ
     assert (registration["version"], registration["promoted"], registration["champion_version"]) == ("2", False, "1")
     assert "not better" in registration["reason"]
     assert [run.info.status for run in mlflow_runs(project)] == ["FINISHED", "FINISHED"]
+
+
+def test_a_champion_that_cannot_be_loaded_stays_and_the_new_version_is_kept(project):
+    store, paths = client(project), catalog(project)
+    number = store.create_model_version("htr", source=(project / "nowhere").as_uri()).version
+    store.set_registered_model_alias("htr", "champion", number)
+    output = succeed(project, "--pipeline", "registration")
+    assert re.search(r"version 2 stays champion, but could not be loaded from .*nowhere", output)
+    assert "set_registered_model_alias('htr', 'champion', '3')" in output
+    assert str(store.get_model_version_by_alias("htr", "champion").version) == "2"
+    registration = read_json(paths["registration"])
+    assert (registration["version"], registration["promoted"], registration["champion_version"]) == ("3", False, "2")
+    tags = store.get_model_version("htr", "3").tags
+    assert tags["test_hash"] == read_json(paths["metrics"])["test_hash"]
+    assert {"signature", "data_hash", "cer"} <= tags.keys()
+
+
+def test_a_registry_that_does_not_answer_is_not_one_without_a_champion():
+    from mlflow.exceptions import MlflowException
+
+    def answer(code):
+        def refuse(_):
+            raise MlflowException("no", code)
+
+        return SimpleNamespace(get_registered_model=refuse)
+
+    assert _champion(answer(RESOURCE_DOES_NOT_EXIST), RegistrationConfig()) is None
+    with pytest.raises(MlflowException):
+        _champion(answer(PERMISSION_DENIED), RegistrationConfig())
+    no_alias = SimpleNamespace(get_registered_model=lambda _: SimpleNamespace(aliases={"other": "1"}))
+    assert _champion(no_alias, RegistrationConfig()) is None
 
 
 def test_the_notebook_runs_on_the_tables_of_the_catalog(toy):
@@ -417,15 +468,18 @@ def test_training_goes_on_after_sigkill_in_the_same_mlflow_run_with_the_same_res
     pd.testing.assert_frame_equal(pd.read_parquet(paths["history"])[timeless], history[timeless])
 
 
-def test_what_is_killed_after_the_training_does_not_train_again(project):
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_what_is_killed_after_the_training_does_not_train_again(project, sign):
     paths, checkpoint = catalog(project), project / "data/06_models/checkpoint.npz"
     command = ("--from-nodes", "train_network", "--params", "training.epochs=2")
     old = mtimes(paths)["history"]
     with started_run(project, *command, until=lambda process: mtimes(paths)["history"] != old) as process:
-        os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        os.killpg(process.pid, sign)
+        assert process.wait() == (1 if sign == signal.SIGINT else -sign)
     assert checkpoint.exists()
     trained, killed_run = weights(paths["model"]), read_json(project / "data/.mlflow_run.json")["run_id"]
+    status = mlflow_runs(project)[0].info.status
+    assert status == ("KILLED" if sign == signal.SIGINT else "RUNNING")
 
     output = succeed(project, *command)
     assert f"Going on in the MLflow run {killed_run}" in output
@@ -530,6 +584,8 @@ def test_check_batch_says_in_one_sentence_that_everything_fits(toy):
         ("training.epoch=3", "Did you mean training.epochs?"),
         ("training.epochs=0", "training.epochs = 0"),
         ("trainig.epochs=3", "Did you mean training?"),
+        ("registration.alias=v3", "registration.alias = 'v3': expected letters"),
+        ("registration.model_name=a/b", "registration.model_name = 'a/b': expected a name"),
         ("training.start_from=startr", "training.start_from = 'startr': Expected a folder with model.keras"),
         ("sources.iam.path=x,sources.iam.formt=iam", "In sources.iam: source.formt = 'iam': there is no such setting"),
     ],
@@ -556,6 +612,15 @@ def test_mistyped_names_are_named_without_a_traceback(tmp_path, option, value, m
     done = kedro_run(new_project(tmp_path / "project"), option, value)
     assert done.returncode != 0
     assert message in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_an_mlflow_that_refuses_is_a_sentence(project):
+    store = client(project)
+    store.delete_experiment(store.get_experiment_by_name("htr_pipeline").experiment_id)
+    done = kedro_run(project, "--pipeline", "reporting")
+    assert done.returncode == 1
+    assert re.search(r"Error: MLflow at sqlite:.*deleted experiment 'htr_pipeline'", done.stderr)
     assert "Traceback" not in done.stdout + done.stderr
 
 

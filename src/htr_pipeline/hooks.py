@@ -1,5 +1,6 @@
 """What happens around a run: one at a time, one MLflow run for each, checked parameter names, a summary at the end."""
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 _LOCK_FILE = Path("data/.lock")
 # A run that was killed left this file: the same command again goes on in the same MLflow run.
 _RUN_FILE = Path("data/.mlflow_run.json")
+_UNKNOWN = "unknown"
 _PACKAGES = ("htr-pipeline", "kedro", "keras", "mlflow", "great-expectations", "pyarrow", "numpy")
 
 
@@ -136,10 +138,27 @@ class MlflowHook:
 
     @hook_impl
     def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
-        """Starts the run, or joins the one of MLFLOW_RUN_ID or of a killed process."""
+        """Starts the run, or joins the one of MLFLOW_RUN_ID or of an interrupted process.
+
+        Raises:
+            UserError: MLflow cannot be reached, or refuses.
+        """
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        uri = self._tracking_uri()
+        mlflow.set_tracking_uri(uri)
+        if not uri.startswith("sqlite:"):
+            logger.info("MLflow is at %s.", uri)
+        try:
+            self._start(run_params)
+        except (MlflowException, OSError) as exc:
+            raise UserError(f"MLflow at {uri}: {exc}") from exc
+        atexit.register(self._interrupted)
+
+    def _start(self, run_params: dict[str, Any]) -> None:
         import mlflow
 
-        mlflow.set_tracking_uri(self._tracking_uri())
         run_id = os.environ.get("MLFLOW_RUN_ID") or self._killed_run(run_params)
         if run_id is None:
             names = run_params.get("pipeline_names") or []
@@ -192,6 +211,13 @@ class MlflowHook:
         """Ends the run as failed."""
         self._end("FAILED")
 
+    def _interrupted(self) -> None:
+        """At the end of the process, before MLflow would call a run that Ctrl-C has left finished."""
+        import mlflow
+
+        if mlflow.active_run() and (self._project / _RUN_FILE).exists():
+            mlflow.end_run("KILLED")
+
     def _end(self, status: str) -> None:
         import mlflow
 
@@ -207,21 +233,26 @@ class MlflowHook:
         import mlflow
 
         name = self._settings["experiment"]
-        if found := mlflow.get_experiment_by_name(name):
-            return found.experiment_id
         # A tracking server knows where its artifacts are; the embedded store would take the caller's folder.
         embedded = mlflow.get_tracking_uri().startswith("sqlite:")
         place = (self._project / self._settings["artifact_path"]).as_uri() if embedded else None
-        return mlflow.create_experiment(name, artifact_location=place)
+        found = mlflow.get_experiment_by_name(name)
+        if found and place and found.artifact_location != place:
+            logger.warning(
+                "MLflow keeps the files of its experiment %r in %s, where the project was when it was made, and puts "
+                "new models there too. For a copy with models of its own name another experiment in "
+                "conf/local/mlflow.yml.", name, found.artifact_location,
+            )  # fmt: skip
+        return found.experiment_id if found else mlflow.create_experiment(name, artifact_location=place)
 
     def _killed_run(self, run_params: dict[str, Any]) -> str | None:
-        """The run that a killed process of the same command left open; one of another command is marked as killed."""
+        """The run that an interrupted process of the same command left; one of another command is marked as killed."""
         import mlflow
         from mlflow.exceptions import MlflowException
 
         try:
             left = json.loads((self._project / _RUN_FILE).read_text())
-            if mlflow.get_run(left["run_id"]).info.status != "RUNNING":
+            if mlflow.get_run(left["run_id"]).info.status not in ("RUNNING", "KILLED"):
                 return None
         except (OSError, ValueError, MlflowException):
             return None
@@ -239,7 +270,8 @@ class MlflowHook:
     def _tags(self, run_params: dict[str, Any]) -> dict[str, str]:
         git = {"git_commit": ["rev-parse", "HEAD"], "git_changes": ["status", "--porcelain"]}
         tags = {name: _git(self._project, *arguments) for name, arguments in git.items()}
-        tags["git_changes"] = "uncommitted changes" if tags["git_changes"] else "none"
+        changes = {"": "none", _UNKNOWN: _UNKNOWN}
+        tags["git_changes"] = changes.get(tags["git_changes"], "uncommitted changes")
         return {
             **tags,
             "kedro_env": str(self._env),
@@ -254,7 +286,7 @@ def _git(folder: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return _UNKNOWN
     return done.stdout.strip()
 
 

@@ -7,7 +7,6 @@ import base64
 import binascii
 import json
 import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,6 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-from mlflow.types.schema import AnyType
 
 from htr_pipeline.core.batching import Line
 from htr_pipeline.core.calibration import Calibration
@@ -34,10 +32,11 @@ _CHUNK_LINES = 256
 
 
 def signature(decoding: DecodingConfig) -> ModelSignature:
-    """Images in; text, confidence and error out; the decoder as parameters."""
+    """Text, confidence and error out; the decoder as parameters.
+
+    No schema of the images: one with a name refuses plain lists, one without takes whichever column is the first.
+    """
     return ModelSignature(
-        # Without a name, so that a plain list is taken as well as a DataFrame of one column.
-        inputs=Schema([ColSpec(AnyType())]),
         outputs=Schema(
             [
                 ColSpec(DataType.string, "text", required=False),
@@ -63,15 +62,14 @@ def write_settings(path: Path, features: ImageConfig, decoding: DecodingConfig, 
     path.write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-# The signature says what predict takes; MLflow wants type hints beside it or warns at every load.
-warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
-
-
 class LineReader(mlflow.pyfunc.PythonModel):
     """Reads line images: a list, or the column image of a DataFrame, of paths or bytes of PNG, JPEG or TIFF files.
 
     Over REST an image is base64 text, and paths are not opened: a request must not read the server's files.
     """
+
+    # MLflow would warn at every load that predict has no type hints, of which it would make a schema of its own.
+    _skip_type_hint_validation = True
 
     def load_context(self, context: Any) -> None:
         """Loads network, charset, language model, lexicon and settings from the model's artifacts."""
@@ -95,14 +93,14 @@ class LineReader(mlflow.pyfunc.PythonModel):
         network = keras.models.load_model(files["network"], compile=False, safe_mode=True)
         self._network = Network(network, charset, calibrations)
 
-    # Without type hints: MLflow would make a schema of its own of them.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """One row for each image: text, confidence, and the error where the image could not be read.
 
         The confidence is the probability that the line is read without an error, as calibrated on validation lines.
         """
         try:
-            decoding = DecodingConfig(**{**self._decoding, **(params or {})})
+            asked = {name: value for name, value in (params or {}).items() if value is not None}
+            decoding = DecodingConfig(**{**self._decoding, **asked})
             images = _images(model_input)
         except UserError as exc:  # of another kind, MLflow would hide it from those who ask over REST
             raise MlflowException.invalid_parameter_value(str(exc)) from None
@@ -138,11 +136,15 @@ def _is_served() -> bool:
     return "mlflow.pyfunc.scoring_server.app" in sys.modules
 
 
-def _images(model_input: pd.DataFrame | Iterable[Any]) -> list[Any]:
+def _images(model_input: pd.DataFrame | Mapping[str, Any] | Iterable[Any]) -> list[Any]:
+    if isinstance(model_input, Mapping):  # of a request's "inputs", which has columns too
+        model_input = pd.DataFrame({name: list(column) for name, column in model_input.items()})
     if not isinstance(model_input, pd.DataFrame):
         return list(model_input)
     if "image" in model_input:
         return list(model_input["image"])
+    if model_input.empty:  # of an empty list of records, which has no columns
+        return []
     if len(model_input.columns) != 1:
         raise UserError(f"The columns are {', '.join(map(str, model_input.columns))}: expected a column image.")
     return list(model_input.iloc[:, 0])
@@ -153,8 +155,8 @@ def _source(image: Any) -> Path | bytes:
         return bytes(image)
     if _is_served():
         try:
-            return base64.b64decode(image, validate=True)
-        except (binascii.Error, ValueError, TypeError):
+            return base64.b64decode("".join(image.split()), validate=True)  # with line breaks, as some write it
+        except (binascii.Error, ValueError, AttributeError):
             raise UserError("the image must be the base64 text of a PNG, JPEG or TIFF file.") from None
     if isinstance(image, str | Path):
         return Path(image)

@@ -15,9 +15,11 @@ import pytest
 
 from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.config import UserError
-from htr_pipeline.core.recipe import ModelConfig
+from htr_pipeline.core.recipe import ModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset
 from htr_pipeline.io.checkpoints import FileCheckpoints
+from htr_pipeline.pipelines.training import nodes
+from htr_pipeline.pipelines.training.nodes import CheckpointConfig
 from tests.core.test_training import CONFIG, MemoryCheckpoints, Silent, drawn, poisoned, with_poison
 
 ROOT = Path(__file__).parents[2]
@@ -87,8 +89,8 @@ def finish(process):
 
 
 @contextmanager
-def workers(folder, **of_the_first):
-    """Two processes; the first has further settings. None is left behind."""
+def workers(folder, **of_the_second):
+    """Two processes; the second has further settings. None is left behind."""
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0))
         second.bind(("127.0.0.1", 0))
@@ -98,7 +100,7 @@ def workers(folder, **of_the_first):
             {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}},
             kind="multi_worker",
             folder=str(folder / f"worker-{index}"),
-            **(of_the_first if index == 0 else {}),
+            **(of_the_second if index == 1 else {}),
         )
         for index in range(2)
     ]
@@ -144,9 +146,12 @@ def test_two_devices_end_with_the_weights_of_one_and_skip_the_same_batches(tmp_p
 @pytest.mark.usefixtures("_same_normalisation")
 def test_two_processes_killed_and_started_again_end_with_the_weights_of_one_device(tmp_path):
     alone = train(configured())
-    with workers(tmp_path, die_at_step=5) as (chief, _):
-        chief.communicate(timeout=240)
-        assert chief.returncode == -signal.SIGKILL
+    with workers(tmp_path, die_at_step=5) as (chief, other):
+        other.communicate(timeout=240)
+        assert other.returncode == -signal.SIGKILL
+        output, _ = chief.communicate(timeout=240)
+    assert chief.returncode == 1
+    assert "UserError: Another worker of this training was lost" in output
     _, state = FileCheckpoints(tmp_path / "checkpoint.npz", "test").load()
     assert 4 <= state["step"] <= 5
     with workers(tmp_path) as started:
@@ -185,16 +190,17 @@ def test_without_a_list_of_the_machines_there_is_no_multi_worker(text, monkeypat
 def test_workers_with_other_checkpoints_are_an_error(monkeypatch):
     from htr_pipeline.core.distribution import Distribution
 
-    monkeypatch.setattr(Distribution, "largest", lambda self, *values: values if values[0] else (7.0, 0.0))
-    with pytest.raises(UserError, match=r"different checkpoints: one of step 7, one of step 0.*that all of them share"):
+    monkeypatch.setattr(Distribution, "largest", lambda self, *values: (values[0] + 1, values[1]))
+    with pytest.raises(
+        UserError, match=r"different checkpoints; that of this one is of step 0.*that all of them share"
+    ):
         train(configured())
 
 
-def test_workers_with_other_lines_are_an_error(monkeypatch):
+def test_workers_with_other_data_or_settings_are_an_error_before_anything_is_built(monkeypatch):
     from htr_pipeline.core.distribution import Distribution
 
     monkeypatch.setattr(Distribution, "largest", lambda self, *values: (values[0] + 1, values[1]))
-    with pytest.raises(
-        UserError, match=r"other lines, characters or settings; this one has 30 lines and 10 characters"
-    ):
-        train(configured())
+    settings = (ModelConfig(), AugmentationConfig(), TrainingConfig(), CheckpointConfig())
+    with pytest.raises(UserError, match=r"do not have the same lines \(this one: data_hash 0123456789ab\), settings"):
+        nodes.train(None, {"data_hash": "0123456789abcdef"}, Charset("ab").to_json(), *settings)

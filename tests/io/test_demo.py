@@ -120,6 +120,12 @@ def test_more_lines_than_one_reading_gives_are_cut_differently():
     assert len({row["text"] for row in rows}) == len(rows) > 6000
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_one_line_beside_many_can_be_had(split):
+    rows = planned_rows(**{f"{split}_writers": 1, f"{split}_lines_per_writer": 1})
+    assert [row["split"] for row in rows].count(split) == 1
+
+
 def test_more_lines_than_the_prose_can_give_are_refused():
     with pytest.raises(UserError, match=r"gives the train split \d+ different lines, 96000 are wanted"):
         planned_rows(train_writers=48, train_lines_per_writer=2000)

@@ -344,7 +344,7 @@ def test_bad_rows_of_json_lines_are_rejected_and_the_others_read(tmp_path):
         ("lines.jsonl:7", "empty_text"),
     ]
     table.write_bytes(b'{"image": "1.png", "text": "\xe9"}')
-    with pytest.raises(UserError, match="not UTF-8 .*Save the table again as UTF-8"):
+    with pytest.raises(UserError, match=r"not UTF-8 .*Save the table again as UTF-8"):
         import_rows(table)
 
 

@@ -6,8 +6,9 @@ everywhere, are all that a change may depend on. On one device every function he
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,39 @@ class Distribution:
             return values
         rows = self._gathered_rows(tf.constant([values], tf.float64))
         return tuple(rows.numpy().max(axis=0).tolist())
+
+    def require_equal(self, content: str, error: str) -> None:
+        """Workers that do not do the same would wait for each other for ever, or train together in silence.
+
+        Args:
+            content: what must be equal on all processes, which must all ask at the same point.
+            error: what to say where it is not.
+
+        Raises:
+            UserError: it is not.
+        """
+        mark = zlib.crc32(content.encode())
+        last, first = self.largest(mark, -mark)
+        if last != -first:
+            raise UserError(error)
+
+    @contextmanager
+    def losses_in_words(self) -> Iterator[None]:
+        """Around a training.
+
+        Raises:
+            UserError: another worker was lost on the way.
+        """
+        try:
+            yield
+        except (tf.errors.UnavailableError, tf.errors.InternalError, tf.errors.AbortedError) as exc:
+            if self._num_workers == 1:
+                raise
+            raise UserError(
+                "Another worker of this training was lost or has stopped with an error, which it shows itself. Start "
+                "all of them again with the same commands: they go on from the checkpoint. "
+                f"({exc.message.splitlines()[0]})"
+            ) from exc
 
     def as_wide_as_others(self, batch: Batch) -> Batch:
         """The batch of this process, padded to the width of the widest: the normalisations count padding too."""

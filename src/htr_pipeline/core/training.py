@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +126,7 @@ def train_network(
         checkpoints: where the state is kept.
         progress: is told, and may ask to stop.
         distribution: the devices that share each batch, in whose scope the model was made; None: one device. All
-            processes need the same lines, config and checkpoint; only the chief writes.
+            processes need the same arguments and the same checkpoint; only the chief writes.
 
     Raises:
         UserError: no lines, a batch size that the devices cannot share, workers with other checkpoints, a network of
@@ -152,7 +151,11 @@ def train_network(
         state = TrainingState(**fields)
         trainer.set_arrays(arrays)
         best = [arrays[f"best/{index}"] for index in range(len(best))]
-    _check_same_work(state, num_training_lines, charset, config, distribution)
+    distribution.require_equal(
+        str(state.step),
+        f"The workers of this training found different checkpoints; that of this one is of step {state.step} (0: there "
+        "is none). Give checkpoint.path a folder that all of them share.",
+    )
     monitor = CollapseMonitor(**{"plateau_steps": config.plateau_steps, **state.monitor})
     if config.start_from and not saved:
         state.best_cer = trainer.validate(validation_lines)[1].cer
@@ -458,25 +461,6 @@ def _prefetched(batches: Iterator[Any]) -> Iterator[Any]:
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _check_same_work(
-    state: TrainingState, num_lines: int, charset: Charset, config: TrainingConfig, distribution: Distribution
-) -> None:
-    """Workers that do not agree on the next step would wait for each other for ever."""
-    mark = zlib.crc32(repr((num_lines, charset.characters, config)).encode())
-    last, first = distribution.largest(mark, -mark)
-    if last != -first:
-        raise UserError(
-            f"The workers of this training have other lines, characters or settings; this one has {num_lines} lines "
-            f"and {len(charset)} characters. Give all of them the same features and the same settings."
-        )
-    last, first = (int(step) for step in distribution.largest(state.step, -state.step))
-    if last != -first:
-        raise UserError(
-            f"The workers of this training found different checkpoints: one of step {last}, one of step "
-            f"{-first} (0: none). Give checkpoint.path a folder that all of them share."
-        )
 
 
 def _even_batch_size(num_lines: int, batch_size: int, num_replicas: int) -> int:

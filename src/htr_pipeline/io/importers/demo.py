@@ -219,7 +219,9 @@ def _cut_texts(num_lines: dict[str, int], rng: np.random.Generator) -> dict[str,
     """So many different texts for each split, cut from sentences that no other split has."""
     sentences = demo_sentences()
     order = rng.permutation(len(sentences))
-    bounds = np.cumsum([0, *num_lines.values()]) / sum(num_lines.values()) * len(sentences)
+    # In proportion to the lines, but one short sentence alone may give no line at all.
+    shares = np.maximum([*num_lines.values()], sum(num_lines.values()) / 100)
+    bounds = np.cumsum([0, *shares]) / shares.sum() * len(sentences)
     taken: set[str] = set()
     texts: dict[str, list[str]] = {}
     for index, (split, wanted) in enumerate(num_lines.items()):

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import tempfile
 from importlib.metadata import distributions, version
 from itertools import islice
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 import htr_pipeline
-from htr_pipeline.core.config import config, setting
+from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.recipe import DecodingConfig
@@ -36,6 +37,18 @@ class RegistrationConfig:
 
     model_name: str = setting(default="htr")
     alias: str = setting(default="champion")
+
+    def __post_init__(self) -> None:
+        # What MLflow itself would refuse, but after the training.
+        if not re.fullmatch(r"[\w. -]*[\w-][\w. -]*", self.model_name):
+            raise UserError(
+                f"registration.model_name = {self.model_name!r}: expected a name of letters, digits, blanks and . _ -"
+            )
+        if not re.fullmatch(r"[\w-]{1,255}", self.alias) or re.fullmatch(r"v\d+|latest", self.alias, re.IGNORECASE):
+            raise UserError(
+                f"registration.alias = {self.alias!r}: expected letters, digits, _ and - only, and neither latest nor "
+                "v and a number, which MLflow keeps for itself."
+            )
 
 
 def register_model(
@@ -61,7 +74,7 @@ def register_model(
     cer = metrics["splits"][headline["split"]][headline["decoder"]]["cer"]
     client = mlflow.MlflowClient()
     champion = _champion(client, registration)
-    champion_cer = _champion_cer(champion, registration, manifest, metrics) if champion else None
+    champion_cer, problem = _champion_cer(champion, manifest, metrics) if champion else (None, None)
     with tempfile.TemporaryDirectory() as folder:
         names = ("network.keras", "charset.json", "language_model.npz", "lexicon.txt", "settings.json")
         files = {name: Path(folder) / name for name in names}
@@ -70,15 +83,22 @@ def register_model(
         files["charset.json"].write_text(charset, encoding="utf-8")
         files["lexicon.txt"].write_text(lexicon, encoding="utf-8")
         mlflow_model.write_settings(files["settings.json"], image, decoding, calibration)
-        number = str(_log_model(list(files.values()), features, decoding, registration).registered_model_version)
-    for tag in ("signature", "data_hash", "test_hash"):
-        client.set_model_version_tag(registration.model_name, number, tag, metrics[tag])
-    client.set_model_version_tag(registration.model_name, number, "cer", repr(cer))
-    promoted = champion_cer is None or cer < champion_cer
+        logged = _log_model(list(files.values()), features, decoding)
+    # With its tags at once: a version without them, of a run that was killed, could never be compared.
+    tags = {tag: metrics[tag] for tag in ("signature", "data_hash", "test_hash")} | {"cer": repr(cer)}
+    number = str(mlflow.register_model(logged.model_uri, registration.model_name, tags=tags).version)
+    promoted = champion is None or (champion_cer is not None and cer < champion_cer)
     if promoted:
         client.set_registered_model_alias(registration.model_name, registration.alias, number)
-    reason = _reason(cer, champion_cer, champion, headline["split"])
-    logger.info("%s version %s: %s.", registration.model_name, number, reason)
+    reason = problem or _reason(cer, champion_cer, champion, headline["split"])
+    logger.log(
+        logging.WARNING if problem else logging.INFO, "%s version %s: %s.", registration.model_name, number, reason
+    )
+    if problem:
+        logger.warning(
+            "If it is to be the champion all the same: mlflow.MlflowClient().set_registered_model_alias(%r, %r, %r)",
+            registration.model_name, registration.alias, number,
+        )  # fmt: skip
     return {
         "name": registration.model_name,
         "version": number,
@@ -96,28 +116,38 @@ def _champion(client: Any, registration: RegistrationConfig) -> Any | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version_by_alias(registration.model_name, registration.alias)
-    except MlflowException:
-        return None  # no such model yet, or no version has the alias
+        model = client.get_registered_model(registration.model_name)
+    except MlflowException as exc:
+        if exc.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise  # a server that does not answer knows a champion perhaps
+        return None
+    number = model.aliases.get(registration.alias)
+    return client.get_model_version(registration.model_name, number) if number else None
 
 
-def _champion_cer(
-    champion: Any, registration: RegistrationConfig, manifest: pa.Table, metrics: dict[str, Any]
-) -> float:
-    """The champion's CER on the present test lines: as measured when it was registered, or else read anew."""
+def _champion_cer(champion: Any, manifest: pa.Table, metrics: dict[str, Any]) -> tuple[float | None, str | None]:
+    """The champion's CER on the present test lines: as measured when it was registered, or else read anew.
+
+    Returns:
+        The CER, or None and why there is none.
+    """
     import mlflow
 
     known = champion.tags.get("test_hash") == metrics["test_hash"]
     if known and champion.tags.get("signature") == metrics["signature"]:
-        return float(champion.tags["cer"])
+        return float(champion.tags["cer"]), None
     logger.info("The champion (version %s) was measured on other lines: it reads the present ones.", champion.version)
     lines = manifest.filter(pc.equal(manifest["split"], metrics["headline"]["split"]))
-    reader = mlflow.pyfunc.load_model(f"models:/{registration.model_name}@{registration.alias}")
+    try:
+        reader = mlflow.pyfunc.load_model(f"models:/{champion.name}/{champion.version}")
+    except Exception as exc:  # files that are gone, libraries that do not fit: the new model is worth keeping anyhow
+        problem = f"version {champion.version} stays champion, but could not be loaded from {champion.source} ({exc})"
+        return None, problem
     texts: list[str | None] = []
     images = (_png(grey) for _, grey in line_images(lines.to_pylist(), image_roots(manifest)))
     while some := list(islice(images, _LINES_AT_A_TIME)):
         texts += reader.predict(pd.DataFrame({"image": some}))["text"].tolist()
-    return score_lines(lines["text"].to_pylist(), [text or "" for text in texts]).cer
+    return score_lines(lines["text"].to_pylist(), [text or "" for text in texts]).cer, None
 
 
 def _reason(cer: float, champion_cer: float | None, champion: Any | None, split: str) -> str:
@@ -127,9 +157,7 @@ def _reason(cer: float, champion_cer: float | None, champion: Any | None, split:
     return f"CER {cer:.2%} on the {split} lines is {verdict} the {champion_cer:.2%} of version {champion.version}"
 
 
-def _log_model(
-    files: list[Path], features: FeatureShards, decoding: DecodingConfig, registration: RegistrationConfig
-) -> Any:
+def _log_model(files: list[Path], features: FeatureShards, decoding: DecodingConfig) -> Any:
     import mlflow
 
     from htr_pipeline import mlflow_model
@@ -142,7 +170,6 @@ def _log_model(
         signature=mlflow_model.signature(decoding),
         input_example=pd.DataFrame({"image": [_example(features)]}),
         pip_requirements=[f"{name}=={version(name)}" for name in _requirements()],
-        registered_model_name=registration.model_name,
     )
 
 

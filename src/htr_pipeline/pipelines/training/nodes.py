@@ -173,16 +173,23 @@ def train(
     # The content of the network to start from, not its name: an alias may point to another one by and by.
     settings += [asdict(replace(training, start_from=None)), start.content_hash() if start else None]
     settings += [version(package) for package in ("htr-pipeline", "keras", "numpy")]
+    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    distribution.require_equal(
+        fingerprint,
+        "The workers of this training do not have the same lines (this one: data_hash "
+        f"{feature_stats['data_hash'][:12]}), settings, network to start from or versions of htr-pipeline, Keras and "
+        "NumPy. Give all of them the same features and the same --params.",
+    )
     with distribution.scope():
         network = build_network(model, training, classes, feature_stats, start)
-    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     if start and start.name != training.start_from:
         logger.info("%s is %s.", training.start_from, start.name)
 
     def read_training_lines(rng: np.random.Generator) -> Iterator[Line]:
         return features.lines("train", rng)
 
-    with logging_redirect_tqdm(), _TrainingProgress(distribution.is_chief) as progress:
+    shown = _TrainingProgress(distribution.is_chief)
+    with logging_redirect_tqdm(), shown as progress, distribution.losses_in_words():
         trained = train_network(
             network,
             read_training_lines,
