@@ -27,7 +27,7 @@ def badly_lit_negative() -> np.ndarray:
 def main() -> None:
     """Writes the picture."""
     line = badly_lit_negative()
-    off = {"find_polarity": False, "even_paper": False, "stretch_contrast": False}
+    off = {"find_polarity": False, "even_paper": False, "stretch_contrast": False, "deslant": False}
     steps = [
         ("one height, ink high", {}),
         ("find_polarity", {"find_polarity": True}),

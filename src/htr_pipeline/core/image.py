@@ -21,7 +21,7 @@ DOWNSAMPLING = 4
 MAX_IMAGE_PIXELS = 100_000_000
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
 # Raised when the same image and the same settings give other pixels than before, here or in core/cutting.py.
-_NORMALISATION_VERSION = 3
+_NORMALISATION_VERSION = 4
 _ANGLES = np.arange(-45, 50, 5)  # degrees of slant that are told apart
 _SAUVOLA_WEIGHT = 0.2  # of the local contrast in the threshold
 _SAUVOLA_RANGE = 0.5  # largest standard deviation of brightness from 0 to 1
@@ -38,7 +38,7 @@ class ImageConfig:
     even_paper: bool = setting(default=True)  # divide the paper's shading out
     find_polarity: bool = setting(default=True)  # turn light ink on dark paper round
     stretch_contrast: bool = setting(default=True)  # darkest ink of every line at full scale
-    deslant: bool = setting(default=False)  # shear leaning strokes upright
+    deslant: bool = setting(default=True)  # shear leaning strokes upright
     binarise: bool = setting(default=False)  # ink or paper, nothing between
     shard_lines: int = setting(default=512, minimum=1, maximum=65536)
     num_workers: int | None = setting(default=None, minimum=1)  # null: all cores
@@ -288,7 +288,10 @@ def slant_degrees(ink: np.ndarray) -> float:
     shifts = np.rint(np.tan(np.radians(_ANGLES))[:, None] * ((height - 1) / 2.0 - rows)).astype(int)  # (angles, height)
     starts = rows * (width + 2 * reach) + reach + shifts
     profiles = np.lib.stride_tricks.sliding_window_view(flat, width)[starts].sum(axis=1)  # (angles, width)
-    return float(_ANGLES[int(np.argmax(np.square(profiles).sum(axis=1)))])
+    sharpness = np.square(profiles).sum(axis=1)
+    best = int(np.argmax(sharpness))
+    # An image without strokes is as sharp at any angle.
+    return float(_ANGLES[best]) if sharpness[best] > sharpness[len(_ANGLES) // 2] else 0.0
 
 
 def _shear(ink: np.ndarray, degrees: float) -> np.ndarray:
