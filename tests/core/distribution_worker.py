@@ -31,7 +31,7 @@ def main(kind, folder, cpus=1, poison=False, die_at_step=None, **settings):
     folder = Path(folder)
     progress, distribution = Mortal(), Distribution(kind)
     checkpoints = FileCheckpoints(folder.parent / "checkpoint.npz", "test")
-    with distribution.losses_in_words():
+    with distribution.lost_workers_in_words():
         trained = train(configured(**settings), distribution, poison, checkpoints, progress)
     folder.mkdir(exist_ok=True)
     trained.model.save(folder / "model.keras")

@@ -115,7 +115,7 @@ class Distribution:
             raise UserError(error)
 
     @contextmanager
-    def losses_in_words(self) -> Iterator[None]:
+    def lost_workers_in_words(self) -> Iterator[None]:
         """Around a training.
 
         Raises:

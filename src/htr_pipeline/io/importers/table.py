@@ -91,7 +91,7 @@ def _folders_are_splits(file: Path, names: Mapping[str, str]) -> bool:
     if "split" in names or "image" not in names or file.suffix.lower() == ".parquet":
         return False
     images = (values[names["image"]] for _, values in _read_text_table(file)[1] if not isinstance(values, str))
-    folders = {(image or "").replace("\\", "/").partition("/")[0] for image in images}
+    folders = {str(image or "").replace("\\", "/").partition("/")[0] for image in images}
     return are_splits(folders)
 
 

@@ -189,7 +189,7 @@ def train(
         return features.lines("train", rng)
 
     shown = _TrainingProgress(distribution.is_chief)
-    with logging_redirect_tqdm(), shown as progress, distribution.losses_in_words():
+    with logging_redirect_tqdm(), shown as progress, distribution.lost_workers_in_words():
         trained = train_network(
             network,
             read_training_lines,
