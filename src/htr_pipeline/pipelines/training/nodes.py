@@ -188,8 +188,11 @@ def train(
     def read_training_lines(rng: np.random.Generator) -> Iterator[Line]:
         return features.lines("train", rng)
 
-    shown = _TrainingProgress(distribution.is_chief)
-    with logging_redirect_tqdm(), shown as progress, distribution.lost_workers_in_words():
+    with (
+        logging_redirect_tqdm(),
+        distribution.lost_workers_in_words(),
+        _TrainingProgress(distribution.is_chief) as progress,
+    ):
         trained = train_network(
             network,
             read_training_lines,
