@@ -1,3 +1,5 @@
+import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -119,12 +121,27 @@ def test_address_without_a_scheduler_is_named(address, monkeypatch):
 
 def test_scheduler_without_workers_is_named(monkeypatch):
     distributed = pytest.importorskip("distributed", reason="Dask is an extra: pip install distributed")
-    monkeypatch.setattr("htr_pipeline.io.workers._CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr("htr_pipeline.io.workers._CONNECT_SECONDS", 3.0)
     with (
         distributed.LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty,
         pytest.raises(UserError, match="has no workers"),
     ):
         list(map_jobs(square, [1], dask_address=empty.scheduler_address))
+
+
+@pytest.mark.parametrize("wrong", ["tcp://127.0.0.1:9", "nonsense://x", "tcp://"])
+def test_right_address_after_a_wrong_one(wrong, cluster, monkeypatch):
+    monkeypatch.setattr("htr_pipeline.io.workers._CONNECT_SECONDS", 2.0)
+    with pytest.raises(UserError, match="no Dask scheduler answers"):
+        list(map_jobs(square, [1], dask_address=wrong))
+    new_event_loop = asyncio.events.new_event_loop
+
+    def collect_first():
+        gc.collect()  # the worst moment: distributed holds a lock that the end of a client waits for
+        return new_event_loop()
+
+    monkeypatch.setattr("asyncio.events.new_event_loop", collect_first)
+    assert list(map_jobs(square, [2], dask_address=cluster.scheduler_address)) == [4]
 
 
 def test_missing_dask_is_named_with_what_to_install(monkeypatch):

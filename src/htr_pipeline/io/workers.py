@@ -1,6 +1,7 @@
 """One function over many jobs: on processes of this machine or on a Dask cluster, with the same results."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import threading
@@ -100,13 +101,19 @@ def _dask_cluster(address: str) -> Iterator[tuple[Executor, int, Callable[[], No
             f"dask_address = {address!r}: Dask is not installed here. `pip install distributed`, "
             "or dask_address: null for processes of this machine."
         ) from exc
+    client: Any = None
+    failure = ""
     try:
-        client: Any = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+        client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError) as exc:
+        failure = str(exc)
+    if client is None:
+        # Half a client, collected later in the thread that the next one starts, would stop that thread for ten seconds.
+        gc.collect()
         raise UserError(
-            f"dask_address = {address!r}: no Dask scheduler answers there ({exc}). Start one with `dask scheduler`, "
+            f"dask_address = {address!r}: no Dask scheduler answers there ({failure}). Start one with `dask scheduler`, "
             "correct the address (tcp://HOST:PORT), or set null for processes of this machine."
-        ) from exc
+        )
 
     def check_workers() -> None:
         if not client.nthreads():
