@@ -167,6 +167,11 @@ def test_mlflow_has_one_finished_run_with_parameters_metrics_tags_and_artifacts(
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=toy.project, capture_output=True, text=True, check=True)
     assert data.tags["git_commit"] == head.stdout.strip()
     assert data.tags["data_hash"] == read_json(catalog(toy.project)["feature_stats"])["data_hash"]
+    assert data.tags["command"] == "kedro run --env test"
+    registration = read_json(catalog(toy.project)["registration"])
+    assert registration["run_id"] == info.run_id
+    assert registration["tracking_uri"] == "sqlite:///mlflow.db"
+    assert all(registration[tag] == data.tags[tag] for tag in ("git_commit", "git_changes", "command"))
     artifacts = {artifact.path for artifact in client(toy.project).list_artifacts(info.run_id)}
     assert {"report.html", "validation", "learning_curves.svg", "samples.json"} <= artifacts
     read = artifact(runs[0], "samples.json")
@@ -349,6 +354,21 @@ def test_second_run_on_the_same_data_gives_the_same_network_and_leaves_the_champ
     assert (registration["version"], registration["promoted"], registration["champion_version"]) == ("2", False, "1")
     assert "not better" in registration["reason"]
     assert [run.info.status for run in mlflow_runs(project)] == ["FINISHED", "FINISHED"]
+
+
+def test_a_network_that_was_not_measured_is_not_registered_with_figures_of_another(project):
+    succeed(project, "--pipelines", "training", "--params", "training.epochs=1,training.seed=2")
+    done = kedro_run(project, "--pipelines", "registration")
+    assert done.returncode == 1
+    assert "The metrics were measured with another network" in done.stderr
+    assert len(client(project).search_model_versions("name = 'htr'")) == 1
+    succeed(project, "--pipelines", "reporting")
+    page = catalog(project)["report"].read_text(encoding="utf-8")
+    assert "of another network than the one whose training is described below" in page
+    succeed(project, "--from-nodes", "read_lines", "--params", "training.epochs=1")
+    page = catalog(project)["report"].read_text(encoding="utf-8")
+    assert "of another network" not in page
+    assert "kedro run --env test --from-nodes read_lines --params training.epochs=1" in page
 
 
 def test_a_champion_that_cannot_be_loaded_stays_and_the_new_version_is_kept(project):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import datetime
@@ -275,11 +276,30 @@ class MlflowHook:
         return {
             **tags,
             "kedro_env": str(self._env),
+            "command": _command(run_params),
             "pipelines": ", ".join(run_params.get("pipeline_names") or ["all"]),
             "python": platform.python_version(),
             "platform": platform.platform(),
             **{f"version {name}": version(name) for name in _PACKAGES},
         }
+
+
+def _command(run_params: dict[str, Any]) -> str:
+    """What starts this run again, from the project's folder."""
+    parameters = _flat(run_params.get("runtime_params") or {})
+    options = {
+        "--env": run_params.get("env"),
+        "--pipelines": run_params.get("pipeline_names"),
+        "--tags": run_params.get("tags"),
+        "--from-nodes": run_params.get("from_nodes"),
+        "--to-nodes": run_params.get("to_nodes"),
+        "--nodes": run_params.get("node_names"),
+        "--params": [
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in parameters.items()
+        ],
+    }
+    given = {name: value if isinstance(value, str) else ",".join(value) for name, value in options.items() if value}
+    return shlex.join(["kedro", "run", *(word for option in given.items() for word in option)])
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -314,8 +334,8 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
     champion = f"alias champion: version {registration['champion_version']}"
     lines = [
         "",
-        f"CER {score['cer']:.2%} (95 % interval over {score['interval_over']} {score['cer_low']:.2%} to "
-        f"{score['cer_high']:.2%}), "
+        f"CER {score['cer']:.2%} ({100 * metrics['confidence']:g} % interval over {score['interval_over']} "
+        f"{score['cer_low']:.2%} to {score['cer_high']:.2%}), "
         f"WER {score['wer']:.2%} on {score['num_lines']} {split} lines, {decoder}",
         "CER by decoder: " + ", ".join(f"{name} {metrics['splits'][split][name]['cer']:.2%}" for name in DECODERS),
         "",

@@ -193,6 +193,23 @@ def test_too_many_rejected_lines_stop_the_run_and_the_first_ten_are_shown(tmp_pa
     assert str(caught.value).count(" | height | ") == 10
     assert "line00.png | height | line00.png: 3 pixels high" in str(caught.value)
     assert "summary.html" in str(caught.value)
+    stopped = "The run stopped here: 33.3 % of the lines were rejected, and validation.max_rejected_share allows 30.0 %"
+    assert stopped in (tmp_path / "docs" / "summary.html").read_text()
+    validate(rows, tmp_path, max_rejected_share=0.4)
+    assert "The run stopped here" not in (tmp_path / "docs" / "summary.html").read_text()
+
+
+def test_lines_that_were_rejected_at_the_import_have_failed_the_check_too(tmp_path):
+    rejection = {"line_id": "x", "file": "\u202ex.png", "stage": "import", "reason": "unreadable_image", "detail": "no"}
+    rejections, config = to_table([rejection], REJECTED_LINES), settings_for(tmp_path)
+    *_, summary = validate_lines(imported(good_lines(), tmp_path), rejections, [], config, ImageConfig())
+    checks = {row["reason"]: row for row in summary["expectations"]}
+    assert (
+        checks["unreadable_image"] | {"num_checked": 13, "num_failed": 1, "success": False}
+        == (checks["unreadable_image"])
+    )
+    assert checks["empty_text"]["success"]
+    assert "U+202Ex.png" in (tmp_path / "docs" / "summary.html").read_text()
 
 
 def test_lines_that_nobody_has_transcribed_do_not_stop_the_run(tmp_path):

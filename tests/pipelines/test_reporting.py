@@ -1,7 +1,6 @@
 """One page from real tables: what it says, what it hides, and that a browser shows it."""
 
 import base64
-import copy
 import io
 import math
 import re
@@ -220,6 +219,8 @@ def make_inputs(
         "signature": f"CER|norm:NFC|space:single|case:mixed|split:test|n:{len(test)}|v:0.1.0",
         "data_hash": "0f" * 32,
         "test_hash": "1e" * 32,
+        "model_hash": "2d" * 32,
+        "confidence": 0.95,
         "decoders": ["greedy", "beam"],
         "headline": {"split": "test", "decoder": "greedy"},
         "splits": {
@@ -284,7 +285,7 @@ def make_inputs(
     )
     return {
         "metrics": metrics,
-        "history": to_table(history, HISTORY),
+        "history": to_table(history, HISTORY, {"model_hash": "2d" * 32}),
         "predictions": to_table(predictions, PREDICTIONS),
         "rejected_lines": to_table(rejected, REJECTED_LINES),
         "manifest": to_table(lines, MANIFEST),
@@ -303,6 +304,12 @@ def make_inputs(
             "champion_version": "3",
             "candidate_cer": 0.031,
             "champion_cer": 0.0395,
+            "model_hash": "2d" * 32,
+            "run_id": "3c" * 16,
+            "tracking_uri": "sqlite:///mlflow.db",
+            "git_commit": "4b" * 20,
+            "git_changes": "none",
+            "command": "kedro run --env finetune --params source.path=lines",
         },
         "validation_summary": {
             "warnings": ["2 images occur more than once with the same text, 0 of them in more than one split."],
@@ -393,10 +400,7 @@ def test_version_that_lost_is_said_to_have_lost(inputs):
 
 
 def test_interval_of_one_writer_comes_with_a_warning(inputs):
-    changed = copy.deepcopy(inputs["metrics"])
-    headline = changed["headline"]
-    changed["splits"][headline["split"]][headline["decoder"]]["interval_over"] = "lines"
-    assert "All test lines are by one writer" in Page(render(inputs | {"metrics": changed})).text_of["header"]
+    assert "All test lines are by one writer" in Page(render(make_inputs(num_writers=5))).text_of["header"]
     assert "by one writer" not in Page(render(inputs)).text_of["header"]
 
 
@@ -469,7 +473,13 @@ def test_differences_are_marked_on_both_sides():
     assert '<mark title="should be a">o</mark>' in html
     assert '<ins title="not in the reference">t</ins>' in html
     assert '<del title="not read">␣</del>' in html
-    assert '<span class="gap" title="missing:  "></span>' in html
+    assert '<span class="gap" title="missing: ␣"></span>' in html
+
+
+def test_an_edit_that_cannot_be_seen_is_marked_by_its_code():
+    html = render(make_inputs(replace={0: ("\u202eok", "ok"), 1: ("no", "n\u200bo")}))
+    assert '<del title="not read">U+202E</del>' in html
+    assert '<ins title="not in the reference">U+200B</ins>' in html
 
 
 def test_confusions_are_counted_and_blanks_seen():
@@ -514,7 +524,10 @@ def test_confidences_that_were_not_calibrated_are_called_so(inputs):
     calibration = inputs["metrics"]["calibration"]["greedy"]
     same = {level: {"before": found["after"], "after": found["after"]} for level, found in calibration.items()}
     metrics = inputs["metrics"] | {"calibration": inputs["metrics"]["calibration"] | {"greedy": same}}
-    assert "for that there are too few validation lines" in render(inputs | {"metrics": metrics})
+    section = Page(render(inputs | {"metrics": metrics})).text_of["confidence"]
+    assert "for that there are too few validation lines" in section
+    assert "as the decoder gives it" in section
+    assert "after calibration" not in section
 
 
 def test_groups_say_whether_training_saw_them():
@@ -524,7 +537,7 @@ def test_groups_say_whether_training_saw_them():
     inputs["metrics"]["unseen_groups"] = {"num_lines": 8, "num_characters": 200, "cer": 0.05}
     text = re.sub("[ \n]+", " ", Page(render(inputs)).text_of["groups"])
     assert "seen in training are read with a CER of 2.00\u202f% (40 lines)" in text
-    assert "never seen with 5.00\u202f% (8 lines): 2.5 times as many errors" in text
+    assert "never seen with 5.00\u202f% (8 lines): 2.5 times that error rate" in text
 
 
 def test_hostile_text_stays_text():
@@ -610,6 +623,50 @@ def test_tables_of_different_runs_are_noticed(inputs):
     assert "made on data 0f0f0f0f0f0f, the features on disk are data abababababab" in html
     assert "shown below without an image" in html
     assert "no image in the features" in html
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"history": to_table([], HISTORY, {"model_hash": "ff" * 32})}, "whose training is described below"),
+        ({"registration": {"model_hash": "ff" * 32}}, "of another network than htr version 3"),
+        ({"manifest": None}, "are not those of the manifest on disk"),
+    ],
+)
+def test_network_or_lines_of_another_run_are_noticed(inputs, change, words):
+    ((name, value),) = change.items()
+    if name == "registration":
+        value = inputs["registration"] | value
+    elif name == "manifest":
+        value = inputs["manifest"].slice(0, len(inputs["manifest"]) - 1)
+    assert words not in Page(render(inputs)).text_of["header"]
+    assert words in Page(render(inputs | {name: value})).text_of["header"]
+
+
+def test_writers_that_nobody_knows_are_not_counted():
+    text = Page(render(make_inputs(lines_per_writer=1, num_writers=20))).text_of["h1"]
+    assert text.strip().endswith("on 4 test lines.")
+
+
+def test_network_that_no_epoch_has_bettered_is_said_to_be_kept(inputs):
+    rows = inputs["history"].to_pylist()
+    metadata = {"model_hash": "2d" * 32, "best_cer": "0.01", "num_validation_lines": "256"}
+    text = Page(render(inputs | {"history": to_table(rows, HISTORY, metadata)})).text_of["training"]
+    assert "No epoch was better than the network that training started from, which is kept" in text
+    assert "validation CER of 1.00\u202f% (greedy, one look, 256 lines)" in text
+
+
+def test_page_says_where_the_model_comes_from(page, html):
+    for trace in ("2d" * 32, "3c" * 16, "4b" * 20):
+        assert trace in page.text_of["header"]
+    assert "kedro run --env finetune --params source.path=lines" in page.text_of["reproduce"]
+    assert "95\u202f% interval" in html
+
+
+def test_validation_page_elsewhere_is_linked(inputs):
+    parameters = {"validation": {"docs_path": "data/02_intermediate/check me"}}
+    links = Page(render(inputs | {"parameters": parameters})).all("a")
+    assert "../02_intermediate/check%20me/summary.html" in [link["href"] for link in links]
 
 
 def test_wrong_setting_is_named():

@@ -4,6 +4,7 @@ Source: Retsinas et al., Best practices for a handwritten text recognition syste
 kept, maximum over the rows instead of concatenating them, an auxiliary CTC head straight on the convolutions.
 """
 
+import hashlib
 import os
 from itertools import zip_longest
 from typing import Any
@@ -330,6 +331,11 @@ def copy_weights(trained: keras.Model, trained_charset: Charset, model: keras.Mo
             for array, source in zip(ours, theirs, strict=True):
                 array[..., new] = source[..., old]
         layer.set_weights(ours if is_head else theirs)
+
+
+def weights_hash(model: keras.Model) -> str:
+    """SHA-256 of all weights: tells whether figures were measured with this very network."""
+    return hashlib.sha256(b"".join(weight.tobytes() for weight in model.get_weights())).hexdigest()
 
 
 def multiplications(model: keras.Model, width_pixels: int) -> int:

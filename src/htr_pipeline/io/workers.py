@@ -111,8 +111,8 @@ def _dask_cluster(address: str) -> Iterator[tuple[Executor, int, Callable[[], No
         # Half a client, collected later in the thread that the next one starts, would stop that thread for ten seconds.
         gc.collect()
         raise UserError(
-            f"dask_address = {address!r}: no Dask scheduler answers there ({failure}). Start one with `dask scheduler`, "
-            "correct the address (tcp://HOST:PORT), or set null for processes of this machine."
+            f"dask_address = {address!r}: no Dask scheduler answers there ({failure}). Start one with "
+            "`dask scheduler`, correct the address (tcp://HOST:PORT), or set null for processes of this machine."
         )
 
     def check_workers() -> None:

@@ -134,6 +134,7 @@ def validate_lines(
     doubted = [(outcome.check, outcome.failed_rows) for outcome in warning]
     warned = _sort(pa.concat_tables([WARNED_LINES.empty_table(), *_list_lines(facts, doubted, WARNED_LINES)]))
 
+    before = _count_reasons(import_rejections)
     num_faults = sum(reason not in NO_FAULTS for reason in rejected["reason"].to_pylist())
     summary = {
         "num_lines": _per_split(facts, len),
@@ -146,7 +147,7 @@ def validate_lines(
         "reasons": _count_reasons(rejected),
         "warned_reasons": _count_reasons(warned),
         "expectations": [
-            *(_describe(outcome, validation, len(imported_lines)) for outcome in rejecting),
+            *(_describe(outcome, validation, len(imported_lines), before) for outcome in rejecting),
             *(_describe(outcome, validation, len(facts)) for outcome in (*warning, *of_set)),
         ],
         "checks_off": [reason for reason in LINE_LEVELS | SET_LEVELS if validation.level(reason) == "off"],
@@ -252,14 +253,18 @@ def _count_reasons(findings: pa.Table) -> dict[str, int]:
     return dict(sorted(Counter(findings["reason"].to_pylist()).items()))
 
 
-def _describe(outcome: Outcome, validation: ValidationConfig, num_checked: int) -> dict[str, Any]:
+def _describe(
+    outcome: Outcome, validation: ValidationConfig, num_checked: int, before: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """A check and how it ended, with the lines that failed it at the import already."""
+    num_before = (before or {}).get(outcome.check.reason, 0)
     return {
         "reason": outcome.check.reason,
         "claim": outcome.check.claim,
         "level": validation.level(outcome.check.reason),
-        "num_checked": num_checked,
-        "num_failed": len(outcome.failed_rows),
-        "success": outcome.success,
+        "num_checked": num_checked + num_before,
+        "num_failed": len(outcome.failed_rows) + num_before,
+        "success": outcome.success and not num_before,
     }
 
 

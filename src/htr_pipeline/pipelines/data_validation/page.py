@@ -46,6 +46,7 @@ def render_page(
     """
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["number"] = lambda number: f"{number:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    environment.filters["visible"] = _visible
     template = importlib.resources.files(__package__).joinpath("summary.html").read_text(encoding="utf-8")
     length = kept["text"].str.len().to_numpy(np.int64)
     return environment.from_string(template).render(
@@ -62,6 +63,11 @@ def render_page(
         heat_map=_heat_map(length, kept["frames"].to_numpy(np.int64)),
         gallery=_gallery(kept, lines, findings, num_shown),
     )
+
+
+def _visible(text: str) -> str:
+    """With codes for controls and signs of direction, which would turn what stands around them round."""
+    return "".join(f"U+{ord(c):04X}" if unicodedata.category(c) in ("Cc", "Cf") else c for c in text)
 
 
 # Counts

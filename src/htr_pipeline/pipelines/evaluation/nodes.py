@@ -57,6 +57,7 @@ def read_lines(
     Tuning and reading are one node, so that the network computes every validation line once.
     """
     from htr_pipeline.core.inference import Network
+    from htr_pipeline.core.model import weights_hash
 
     characters = Charset.from_json(charset)
     network, known = Network(model, characters), decoding.build_lexicon(lexicon.split(), characters)
@@ -86,7 +87,7 @@ def read_lines(
             for line in lines:
                 del computed[line.line_id]
             bar.update(len(lines))
-    return asdict(tuned), to_table(rows, PREDICTIONS)
+    return asdict(tuned), to_table(rows, PREDICTIONS, {"model_hash": weights_hash(model)})
 
 
 def _tune(
@@ -194,6 +195,7 @@ def measure_errors(
         "signature": signature(unicode_form_of(test["reference"].tolist()), "test", len(test), version("htr-pipeline")),
         "data_hash": feature_stats["data_hash"],
         "test_hash": features.data_hash(("test",)),
+        "model_hash": predictions.schema.metadata[b"model_hash"].decode(),
         "confidence": evaluation.confidence,
         "decoders": list(DECODERS),
         "headline": {"split": "test", "decoder": decoding.decoder},
@@ -218,8 +220,9 @@ def measure_errors(
 
 def _score(lines: pd.DataFrame, evaluation: EvaluationConfig) -> dict[str, Any]:
     score = score_lines(lines["reference"].tolist(), lines["hypothesis"].tolist())
-    # Of one writer, an interval over writers would have no width and look like certainty.
-    unit = "writers" if lines["writer_id"].nunique() > 1 else "lines"
+    # Of one writer, an interval over writers would have no width and look like certainty. Writers of one line each are
+    # mostly lines whose writer nobody knows.
+    unit = "writers" if 1 < lines["writer_id"].nunique() < len(lines) else "lines"
     intervals = {
         name: bootstrap_interval(
             counts.edits,

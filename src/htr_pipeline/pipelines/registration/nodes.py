@@ -8,6 +8,7 @@ from importlib.metadata import distributions, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 import pandas as pd
@@ -68,7 +69,13 @@ def register_model(
     import mlflow
 
     from htr_pipeline import mlflow_model
+    from htr_pipeline.core.model import weights_hash
 
+    if weights_hash(model) != metrics["model_hash"]:
+        raise UserError(
+            "The metrics were measured with another network than the one to be registered, which was trained since. "
+            "Measure this one first: kedro run --from-nodes read_lines"
+        )
     decoding = DecodingConfig(**tuned_decoding)
     headline = metrics["headline"]
     cer = metrics["splits"][headline["split"]][headline["decoder"]]["cer"]
@@ -86,6 +93,7 @@ def register_model(
         logged = _log_model(list(files.values()), features, decoding)
     # With its tags at once: a version without them, of a run that was killed, could never be compared.
     tags = {tag: metrics[tag] for tag in ("signature", "data_hash", "test_hash")} | {"cer": repr(cer)}
+    run = client.get_run(logged.run_id)
     number = str(mlflow.register_model(logged.model_uri, registration.model_name, tags=tags).version)
     promoted = champion is None or (champion_cer is not None and cer < champion_cer)
     if promoted:
@@ -109,7 +117,19 @@ def register_model(
         "champion_version": number if promoted else str(champion.version),
         "candidate_cer": cer,
         "champion_cer": champion_cer,
+        "model_hash": metrics["model_hash"],
+        "run_id": run.info.run_id,
+        "tracking_uri": _shown_uri(mlflow.get_tracking_uri()),
+        **{tag: run.data.tags.get(tag, "unknown") for tag in ("git_commit", "git_changes", "command")},
     }
+
+
+def _shown_uri(uri: str) -> str:
+    """Without the password that it may hold, and from the project's folder, where that is."""
+    parts = urlsplit(uri)
+    if parts.scheme == "sqlite" and Path(parts.path[1:]).is_relative_to(Path.cwd()):
+        return f"sqlite:///{Path(parts.path[1:]).relative_to(Path.cwd())}"
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 def _champion(client: Any, registration: RegistrationConfig) -> Any | None:

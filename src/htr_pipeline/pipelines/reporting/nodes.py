@@ -6,12 +6,15 @@ Here the figures are computed; how they look, and all escaping, is in report.htm
 import base64
 import io
 import math
+import os
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +26,7 @@ from htr_pipeline.core.config import config, setting
 from htr_pipeline.core.metrics import align, confusions
 from htr_pipeline.io.manifest import SPLITS
 
+_FOLDER = "data/08_reporting"  # where the catalog puts the report
 # Longer tables end in a note that says how much is left out.
 _MAX_WRITERS = 30
 _MAX_GROUPS = 40
@@ -79,7 +83,9 @@ def render_report(
     samples, worst = _sample(lines, report.num_samples, report.seed), _worst(lines, report.num_worst)
     rows = features.read_lines(sorted({line["line_id"] for line in samples + worst}))
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"percent": _percent, "number": _number, "show": _show_character}
+    environment.filters |= {
+        "percent": _percent, "number": _number, "show": _show_character, "show_text": _show_text
+    }  # fmt: skip
     return (
         environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
         .render(
@@ -87,8 +93,9 @@ def render_report(
             metrics=metrics,
             headline=metrics["splits"][headline["split"]][headline["decoder"]],
             scores=[{"decoder": name, **metrics["splits"][headline["split"]][name]} for name in metrics["decoders"]],
-            verdict=_verdict(metrics, manifest),
-            warnings=_warnings(metrics, feature_stats, samples + worst, rows),
+            verdict=_verdict(metrics, lines, manifest),
+            warnings=_warnings(metrics, history, registration, lines, manifest, feature_stats)
+            + _without_image(samples + worst, rows),
             registration=registration,
             splits=_describe_splits(manifest),
             feature_stats=feature_stats,
@@ -96,6 +103,7 @@ def render_report(
             reasons=Counter(zip(*(rejected_lines[name].to_pylist() for name in ("stage", "reason")), strict=True)),
             rejected=rejected_lines.slice(0, _MAX_REJECTED).to_pylist(),
             num_rejected=len(rejected_lines),
+            validation_page=_validation_page(parameters),
             training=_describe_training(history),
             learning_charts=_learning_charts(history),
             writers=_ranked(metrics.get("writers") or [], "writer_id", _MAX_WRITERS),
@@ -108,8 +116,8 @@ def render_report(
             confidence_charts=[
                 chart
                 for chart in (
-                    _reliability_chart("line", **metrics["calibration"][headline["decoder"]]["lines"]),
-                    _reliability_chart("character", **metrics["calibration"][headline["decoder"]]["characters"]),
+                    _reliability_chart("line", metrics["calibration"][headline["decoder"]]["lines"]),
+                    _reliability_chart("character", metrics["calibration"][headline["decoder"]]["characters"]),
                     _review_chart(lines),
                 )
                 if chart
@@ -123,17 +131,17 @@ def render_report(
 # Header
 
 
-def _verdict(metrics: Mapping[str, Any], manifest: pa.Table) -> str:
+def _verdict(metrics: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], manifest: pa.Table) -> str:
     headline = metrics["headline"]
     score = metrics["splits"][headline["split"]][headline["decoder"]]
     edits = score["substitutions"] + score["insertions"] + score["deletions"]
-    writers = {
-        split: set(_of_split(manifest, split)["writer_id"].to_pylist()) for split in ("train", headline["split"])
-    }
-    num_writers = len(writers[headline["split"]])
-    where = f"on {_count(score['num_lines'], headline['split'] + ' line')} by {_count(num_writers, 'writer')}"
-    if num_writers and not writers["train"] & writers[headline["split"]]:
-        where += " who " + ("is" if num_writers == 1 else "are") + " not in the training data"
+    writers = {line["writer_id"] for line in lines}
+    where = f"on {_count(score['num_lines'], headline['split'] + ' line')}"
+    # Where nobody knows the writers, each line counts as one.
+    if len(writers) < len(lines):
+        where += f" by {_count(len(writers), 'writer')}"
+        if not writers & set(_of_split(manifest, "train")["writer_id"].to_pylist()):
+            where += " who " + ("is" if len(writers) == 1 else "are") + " not in the training data"
     if not edits:
         return f"Every character is right {where}."
     if score["cer"] > 1 / 3:
@@ -143,29 +151,51 @@ def _verdict(metrics: Mapping[str, Any], manifest: pa.Table) -> str:
 
 def _warnings(
     metrics: Mapping[str, Any],
+    history: pa.Table,
+    registration: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    manifest: pa.Table,
     feature_stats: Mapping[str, Any],
-    shown: Sequence[Mapping[str, Any]],
-    rows: Mapping[str, Any],
 ) -> list[str]:
     """What a reader of the figures has to know: one writer only, or tables that are not of one and the same run."""
     warnings = []
-    headline = metrics["headline"]
-    if metrics["splits"][headline["split"]][headline["decoder"]].get("interval_over") == "lines":
-        warnings.append(
-            f"All {headline['split']} lines are by one writer: the interval is over lines and says nothing of others."
-        )
+    if len({line["writer_id"] for line in lines}) == 1 < len(lines):
+        split = metrics["headline"]["split"]
+        warnings.append(f"All {split} lines are by one writer: the interval is over lines and says nothing of others.")
     if metrics["data_hash"] != feature_stats["data_hash"]:
         warnings.append(
             f"The evaluation was made on data {metrics['data_hash'][:12]}, the features on disk are data "
             f"{feature_stats['data_hash'][:12]}: run `kedro run --from-nodes extract_features` to bring all up to date."
         )
-    missing = {line["line_id"] for line in shown} - rows.keys()
-    if missing:
+    elif {line["line_id"] for line in lines} != set(
+        _of_split(manifest, metrics["headline"]["split"])["line_id"].to_pylist()
+    ):
         warnings.append(
-            f"{_count(len(missing), 'line')} shown below without an image, since the features lack "
-            f"{'it' if len(missing) == 1 else 'them'}, for instance {min(missing)}."
+            "The lines that were read are not those of the manifest on disk, from which the numbers of lines below "
+            "are: run `kedro run --from-nodes extract_features` to bring all up to date."
+        )
+    trained = (history.schema.metadata or {}).get(b"model_hash", b"").decode()
+    if trained != metrics["model_hash"]:
+        warnings.append(
+            "The figures are of another network than the one whose training is described below, which was trained "
+            "since: run `kedro run --from-nodes read_lines` to measure that one."
+        )
+    if registration["model_hash"] != metrics["model_hash"]:
+        warnings.append(
+            f"The figures are of another network than {registration['name']} version {registration['version']}: run "
+            "`kedro run --from-nodes register_model` to register the one that was measured."
         )
     return warnings
+
+
+def _without_image(shown: Sequence[Mapping[str, Any]], rows: Mapping[str, Any]) -> list[str]:
+    missing = {line["line_id"] for line in shown} - rows.keys()
+    if not missing:
+        return []
+    return [
+        f"{_count(len(missing), 'line')} shown below without an image, since the features lack "
+        f"{'it' if len(missing) == 1 else 'them'}, for instance {min(missing)}."
+    ]
 
 
 # Data and training
@@ -187,6 +217,12 @@ def _describe_splits(manifest: pa.Table) -> list[dict[str, Any]]:
     ]
 
 
+def _validation_page(parameters: Mapping[str, Any]) -> str:
+    """Address of the validation's page, seen from that of the report."""
+    folder = _settings(parameters).get("validation", {}).get("docs_path", f"{_FOLDER}/validation")
+    return quote(Path(os.path.relpath(folder, _FOLDER)).as_posix() + "/summary.html")
+
+
 def _of_split(table: pa.Table, split: str) -> pa.Table:
     return table.filter(pc.equal(table["split"], split))
 
@@ -197,6 +233,8 @@ def _describe_training(history: pa.Table) -> dict[str, Any] | None:
         return None
     seconds = rows[-1]["elapsed_seconds"]
     best = min(rows, key=lambda row: (not math.isfinite(row["validation_cer"]), row["validation_cer"]))
+    metadata = history.schema.metadata or {}
+    best_cer = float(metadata.get(b"best_cer", best["validation_cer"]))
     return {
         "num_epochs": len(rows),
         "num_steps": rows[-1]["step"],
@@ -204,7 +242,9 @@ def _describe_training(history: pa.Table) -> dict[str, Any] | None:
         "lines_per_second": float(np.median([row["lines_per_second"] for row in rows])),
         "wait_share": sum(row["data_wait_seconds"] for row in rows) / max(seconds, 1e-9),
         "best_epoch": best["epoch"],
-        "best_cer": best["validation_cer"],
+        "best_cer": best_cer,
+        "is_start_kept": best_cer < best["validation_cer"],
+        "num_validation_lines": int(metadata.get(b"num_validation_lines", 0)),
     }
 
 
@@ -371,6 +411,11 @@ def _describe_confusions(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _show_text(text: str) -> str:
+    """A part of a line that is marked as wrong, so that every character of it can be seen."""
+    return "".join(map(_show_character, text))
+
+
 def _show_character(character: str) -> str:
     """One character so that it can be seen: blanks, combining marks and controls get a stand-in."""
     if character == " ":
@@ -385,13 +430,14 @@ def _show_character(character: str) -> str:
 # Confidence
 
 
-def _reliability_chart(unit: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> "Chart | None":
+def _reliability_chart(unit: str, reliability: Mapping[str, Mapping[str, Any]]) -> "Chart | None":
     """Share of right lines or characters against their confidence, before and after calibration."""
+    before, after = reliability["before"], reliability["after"]
     if not after["num"]:
         return None
 
-    def series(name: str, style: str, reliability: Mapping[str, Any]) -> "Series":
-        bins = [entry for entry in reliability["bins"] if entry["num"] >= _FEWEST_IN_BIN]
+    def series(name: str, style: str, figures: Mapping[str, Any]) -> "Series":
+        bins = [entry for entry in figures["bins"] if entry["num"] >= _FEWEST_IN_BIN]
         points = [(100.0 * entry["confidence"], 100.0 * entry["right"]) for entry in bins]
         titles = [
             f"{name}: {_count(entry['num'], unit)} with a mean confidence of {x:.1f}{_THIN_SPACE}%: "
@@ -406,22 +452,24 @@ def _reliability_chart(unit: str, before: Mapping[str, Any], after: Mapping[str,
         left = 10.0 * min(int(10 * entry["confidence"]), 9)
         text = f"{_count(entry['num'], unit)} with a confidence of {left:.0f} to {left + 10:.0f}{_THIN_SPACE}%"
         bars.append((left, left + 10.0, 25.0 * entry["num"] / most, text))
+    is_calibrated = before != after
+    curves = [series("before", "second", before), series("calibrated", "first", after)]
     return _chart(
         f"Can the confidence of a {unit} be believed?",
         "confidence, %",
         "right, %",
         [
             Series("perfect", "guide", [(0.0, 0.0), (100.0, 100.0)], []),
-            series("before", "second", before),
-            series("calibrated", "first", after),
+            *(curves if is_calibrated else [series("as the decoder gives it", "first", after)]),
         ],
         bars=bars,
         height=320,
         x_range=(0.0, 100.0),
         y_range=(0.0, 100.0),
         note=f"On the dotted line, nine in ten {unit}s with a confidence of 90{_THIN_SPACE}% are right; above it the "
-        f"model is too modest, below it too sure. Columns: how many {unit}s have that confidence after calibration, "
-        f"the highest {_number(most)}; fewer than {_FEWEST_IN_BIN} make no point.",
+        f"model is too modest, below it too sure. Columns: how many {unit}s have that confidence"
+        f"{' after calibration' * is_calibrated}, the highest {_number(most)}; fewer than {_FEWEST_IN_BIN} make no "
+        "point.",
     )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -159,7 +160,7 @@ def train(
 ) -> tuple[Any, pa.Table]:
     """Features, charset → model, history."""
     from htr_pipeline.core.distribution import Distribution
-    from htr_pipeline.core.model import chosen_precision
+    from htr_pipeline.core.model import chosen_precision, weights_hash
     from htr_pipeline.core.training import train_network
 
     precision = chosen_precision(training.precision)
@@ -188,6 +189,7 @@ def train(
     def read_training_lines(rng: np.random.Generator) -> Iterator[Line]:
         return features.lines("train", rng)
 
+    validation_lines = features.spread("validation", training.max_validation_lines)
     with (
         logging_redirect_tqdm(),
         distribution.lost_workers_in_words(),
@@ -197,7 +199,7 @@ def train(
             network,
             read_training_lines,
             feature_stats["num_lines"]["train"],
-            features.spread("validation", training.max_validation_lines),
+            validation_lines,
             classes,
             augmentation=augmentation,
             config=training,
@@ -223,6 +225,9 @@ def train(
         "is_chief": str(distribution.is_chief),
         "precision": precision,
         "fingerprint": fingerprint,
+        "model_hash": weights_hash(trained.model),
+        "best_cer": repr(trained.best_cer),
+        "num_validation_lines": str(len(validation_lines)),
     }
     return trained.model, to_table(trained.history, HISTORY, metadata)
 
@@ -263,33 +268,39 @@ def draw_learning_curves(history: pa.Table) -> str:
     """History → learning_curves: loss, CER and learning rate by epoch, an SVG picture."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = history.to_pydict()
     figure = Figure(figsize=(13, 4), layout="constrained")
     losses, errors, rates = figure.subplots(1, 3)
-    losses.set(title="Loss, nats a line", yscale="log")
-    errors.set(title=f"CER, lowest on validation {min(rows['validation_cer']):.2%}", yscale="log")
-    rates.set(title="Learning rate")
-    for axes, columns in (
-        (losses, ("train_loss", "validation_loss")),
-        (errors, ("train_cer", "validation_cer")),
-        (rates, ("learning_rate",)),
+    lowest = min((cer for cer in rows["validation_cer"] if math.isfinite(cer)), default=math.nan)
+    for axes, title, columns, write in (
+        (losses, "Loss, nats a line", ("train_loss", "validation_loss"), "{x:g}"),
+        (errors, f"CER, lowest on validation {lowest:.2%}", ("train_cer", "validation_cer"), _write_percent),
+        (rates, "Learning rate", ("learning_rate",), None),
     ):
         for column in columns:
             axes.plot(rows["epoch"], rows[column], marker=".", label=column.replace("_", " "))
-        axes.set_xlabel("epoch")
+        axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()
-    for axes, formatter in ((losses, "{x:g}"), (errors, PercentFormatter(1.0))):
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-        axes.yaxis.set_major_formatter(formatter)
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        positive = [value for column in columns for value in rows[column] if value > 0 and math.isfinite(value)]
+        if write and positive:
+            factor = max(positive) / min(positive)
+            steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if factor < 30 else (1.0, 2.0, 5.0) if factor < 1000 else (1.0,)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=steps))
+            axes.yaxis.set_major_formatter(write)
+            axes.yaxis.set_minor_formatter(NullFormatter())
     stream = io.StringIO()
     # Texts as texts, no date, and ids from a fixed salt: equal runs draw equal pictures.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "learning_curves"}):
         figure.savefig(stream, format="svg", metadata={"Date": None})
     return stream.getvalue()
+
+
+def _write_percent(share: float, _: int | None = None) -> str:
+    return f"{100 * share:g} %"
 
 
 def check_training_batch(
