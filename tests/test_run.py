@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -486,6 +487,49 @@ def test_training_goes_on_after_sigkill_in_the_same_mlflow_run_with_the_same_res
     assert {epoch: epochs.count(epoch) for epoch in epochs} == dict.fromkeys(range(1, 7), 5)
     timeless = ["epoch", "step", "train_loss", "train_cer", "validation_loss", "validation_cer", "learning_rate"]
     pd.testing.assert_frame_equal(pd.read_parquet(paths["history"])[timeless], history[timeless])
+
+
+def test_killed_while_mlflow_makes_its_database_the_next_run_makes_it_anew(tmp_path):
+    project = new_project(tmp_path / "project")
+
+    def makes_database(_):
+        return any(project.glob(".partial-*-mlflow.db"))
+
+    with started_run(project, "--pipelines", "data_validation", until=makes_database) as process:
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not (project / "mlflow.db").exists()
+    succeed(project, "--pipelines", "data_validation")
+    assert [run.info.status for run in mlflow_runs(project)] == ["FINISHED"]
+    assert not list(project.glob(".partial-*"))
+
+
+@pytest.mark.parametrize("statement", ["CREATE TABLE metrics (key)", "CREATE TABLE alembic_version (version_num)"])
+def test_half_a_database_of_mlflow_is_a_sentence(tmp_path, statement):
+    project = new_project(tmp_path / "project")
+    with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database:
+        database.execute(statement)
+        if "alembic" in statement:
+            database.execute("INSERT INTO alembic_version VALUES ('of the future')")
+        database.commit()
+    done = kedro_run(project, "--pipelines", "data_validation")
+    assert done.returncode == 1
+    assert re.search(
+        r"Error: MLflow's database .*its tables are not as they should be .*move the file away", done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_paths_of_settings_mean_the_projects_folder_wherever_the_run_is_started(project):
+    folder = project / "notebooks" / "deep"
+    folder.mkdir(parents=True)
+    command = ("--params", "training.epochs=1,training.checkpoint_seconds=0.0,validation.docs_path=data/check")
+    done = subprocess.run(
+        [*KEDRO, *command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert (project / "data/check/summary.html").exists()
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])

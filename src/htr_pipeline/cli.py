@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import errno
 import functools
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from kedro.validation.exceptions import ParameterValidationError
 
 from htr_pipeline.core.config import UserError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How Kedro's ValueErrors begin about a pipeline, nodes and tags that there are not.
 _MISTYPED = ("Failed to find the pipeline", "Pipeline does not contain", "Pipeline contains no nodes")
 
@@ -31,12 +34,13 @@ def cli() -> None:
 def _run(*args: Any, **options: Any) -> Any:
     # `--pipeline X` is what people type; Kedro's wish for `--pipelines` need not be shown every time.
     warnings.filterwarnings("ignore", category=KedroDeprecationWarning)
-    with _errors_in_words():
+    with errors_in_words():
         return kedro_run.callback(*args, **options)
 
 
 @contextlib.contextmanager
-def _errors_in_words() -> Iterator[None]:
+def errors_in_words() -> Iterator[None]:
+    """Shows errors that a user can do something about without a traceback."""
     try:
         yield
     except Exception as exc:
@@ -45,6 +49,11 @@ def _errors_in_words() -> Iterator[None]:
                 raise click.ClickException(str(cause)) from exc
             if isinstance(cause, ParameterValidationError):
                 raise click.ClickException(_settings_message(cause)) from exc
+            if isinstance(cause, OSError) and (cause.errno in _FULL or "No space left" in str(cause)):
+                raise click.ClickException(
+                    f"There is no room left to write to ({cause}). Make room: the same command goes on with what was "
+                    "finished."
+                ) from exc
             if isinstance(cause, MissingConfigException) or str(cause).startswith(_MISTYPED):
                 raise click.ClickException(str(cause)) from exc
         raise
@@ -81,7 +90,7 @@ def export(format: str, output: Path, decoder: str | None, split: str | None, en
 
     from htr_pipeline.io.exporters import export_lines
 
-    with _errors_in_words():
+    with errors_in_words():
         with KedroSession.create(env=env) as session:
             catalog = session.load_context().catalog
         tables = catalog.load("manifest"), catalog.load("predictions")
@@ -100,10 +109,11 @@ def check_batch(seconds: float, env: str | None, params: dict[str, Any]) -> None
 
     from htr_pipeline.pipelines.training.nodes import check_training_batch
 
-    with _errors_in_words():
+    with errors_in_words():
         with KedroSession.create(env=env, runtime_params=params) as session:
             context = session.load_context()
             settings, catalog = context.params, context.catalog
+        os.chdir(context.project_path)  # which paths among the settings mean
         passed, sentence = check_training_batch(
             catalog.load("features"),
             catalog.load("feature_stats"),

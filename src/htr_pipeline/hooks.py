@@ -57,15 +57,29 @@ class SettingsHook:
                     f"Allowed: {', '.join(sorted(known))}."
                 )
         self._start_from = getattr(context.params.get("training"), "start_from", None)
+        self._project = context.project_path
 
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, pipeline: Pipeline) -> None:
         """Looks for the network now, not after import and features; the registry is left to the node that asks it."""
         from htr_pipeline.io.starting_point import StartingPoint
 
+        # Paths among the settings mean the project's folder, as Kedro has it with those of the catalog.
+        self._caller = Path.cwd()
+        os.chdir(self._project)
         place = self._start_from
         if place and "params:training" in pipeline.inputs() and not place.startswith("models:"):
             StartingPoint.find(place)
+
+    @hook_impl(trylast=True)
+    def after_pipeline_run(self) -> None:
+        """Goes back to the caller's folder."""
+        os.chdir(self._caller)
+
+    @hook_impl(trylast=True)
+    def on_pipeline_error(self) -> None:
+        """Goes back to the caller's folder."""
+        os.chdir(self._caller)
 
 
 class LockHook:
@@ -149,13 +163,40 @@ class MlflowHook:
 
         uri = self._tracking_uri()
         mlflow.set_tracking_uri(uri)
-        if not uri.startswith("sqlite:"):
+        database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+        if database is None:
             logger.info("MLflow is at %s.", uri)
         try:
+            if database:
+                self._open(database)
             self._start(run_params)
         except (MlflowException, OSError) as exc:
             raise UserError(f"MLflow at {uri}: {exc}") from exc
         atexit.register(self._interrupted)
+
+    def _open(self, database: Path) -> None:
+        """Makes an empty database in one step: of half a one, by a process that was killed, MLflow can make nothing."""
+        import mlflow
+        from mlflow.exceptions import MlflowException
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        if database.exists():
+            try:
+                mlflow.search_experiments(max_results=1)
+            except (MlflowException, OSError):
+                raise
+            except Exception as exc:  # whatever comes out of SQLAlchemy and Alembic
+                raise UserError(
+                    f"MLflow's database {database}: its tables are not as they should be ({str(exc).splitlines()[0]}). "
+                    "If the process that made them was killed, move the file away: a new one will be made. If a newer "
+                    "MLflow made them, install that one."
+                ) from exc
+            return
+        for left in database.parent.glob(f".partial-*-{database.name}*"):  # of such a process
+            left.unlink(missing_ok=True)
+        with replacing(database) as partial:
+            store = SqlAlchemyStore(f"sqlite:///{partial}", (self._project / self._settings["artifact_path"]).as_uri())
+            store.engine.dispose()
 
     def _start(self, run_params: dict[str, Any]) -> None:
         import mlflow

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from htr_pipeline.core.collapse import ADVICE, CollapseMonitor, StepFigures
+from htr_pipeline.core.collapse import ADVICE, CollapseMonitor, StepFigures, judge_epoch
 
 TEXT = "a line of text, with 31 letters"
 GOOD = StepFigures(
@@ -164,3 +164,21 @@ def test_a_monitor_goes_on_from_what_a_checkpoint_holds():
     again = CollapseMonitor(**json.loads(json.dumps(dataclasses.asdict(half))))
     assert first + watch(steps[20:], again) == verdicts
     assert again == whole
+
+
+@pytest.mark.parametrize(
+    ("train_cer", "validation_cer", "losses", "named"),
+    [
+        (0.01, 0.86, [101.0, 95.0, 189.0], True),
+        (0.30, 0.80, [83.0, 126.0], True),
+        (0.01, 0.50, [101.0, 95.0, 189.0], False),  # it reads others too
+        (0.60, 0.86, [101.0, 95.0, 189.0], False),  # nothing is known by heart yet
+        (0.30, 0.86, [101.0, 95.0, 99.0], False),  # the loss of others does not rise
+    ],
+)
+def test_lines_learnt_by_heart_are_told_from_reading(train_cer, validation_cer, losses, named):
+    verdict = judge_epoch(train_cer, validation_cer, losses)
+    assert bool(verdict) == named
+    if verdict:
+        assert (verdict.kind, verdict.failed, verdict.rate_may_help) == ("by_heart", True, False)
+        assert verdict.sentence.endswith(ADVICE["by_heart"])

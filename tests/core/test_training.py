@@ -271,6 +271,18 @@ def test_a_network_whose_blank_is_a_character_is_named_before_the_first_step():
         run(model=build_model(ModelConfig(size="XS"), 10, 32, 1))
 
 
+def wrong_texts(num):
+    lines = [drawn(index) for index in range(num)]
+    return [line._replace(text=other.text) for line, other in zip(lines, lines[1:] + lines[:1], strict=True)]
+
+
+def test_texts_of_other_lines_are_named_where_they_are_learnt_by_heart():
+    plain = AugmentationConfig(enabled=False)
+    config = dataclasses.replace(STOP, epochs=150, max_validation_lines=5)
+    with pytest.raises(UserError, match=r"learnt by heart .* others are not read .*whether each text belongs to its"):
+        run(config=config, training=wrong_texts(16), augmentation=plain)
+
+
 def test_a_softmax_too_many_is_named():
     with pytest.raises(
         UserError, match=r"The outputs of the network are probabilities, not logits.*take the activation"

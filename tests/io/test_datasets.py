@@ -1,4 +1,5 @@
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -6,7 +7,9 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
+from click import ClickException
 
+from htr_pipeline.cli import errors_in_words
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.checkpoints import FileCheckpoints
 from htr_pipeline.io.datasets import (
@@ -52,6 +55,22 @@ def test_error_while_writing_leaves_the_old_file_and_no_partial_one(tmp_path):
         fail_half_way()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["file.txt"]
+
+
+def test_a_full_disk_is_a_sentence_with_the_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write_too_much():
+        with errors_in_words(), replacing(tmp_path / "model.bin") as partial:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            partial.write_bytes(bytes(5000))
+
+    try:
+        with pytest.raises(ClickException, match=r"no room left to write to .*model\.bin.*Make room"):
+            write_too_much()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == []
 
 
 def test_dataset_that_fails_to_save_keeps_the_old_document(tmp_path):
@@ -188,3 +207,23 @@ def test_damaged_checkpoint_is_named(tmp_path, num_bytes):
     path.write_bytes(path.read_bytes()[:num_bytes])
     with pytest.raises(UserError, match=r"checkpoint\.npz: this checkpoint is damaged \(.*Remove it to train anew"):
         checkpoints.load()
+
+
+def test_checkpoint_with_other_arrays_than_were_saved_is_damaged(tmp_path):
+    path = tmp_path / "checkpoint.npz"
+    FileCheckpoints(path, "one").save({"a": np.arange(100), "b": np.ones(2)}, {"step": 1})
+    with np.load(path) as file:
+        arrays = dict(file)
+    del arrays["b"]
+    with path.open("wb") as stream:
+        np.savez(stream, **arrays)
+    with pytest.raises(UserError, match=r"damaged .*not those that were saved"):
+        FileCheckpoints(path, "one").load()
+
+
+def test_what_a_process_left_that_was_killed_while_it_saved_is_removed(tmp_path):
+    path = tmp_path / "checkpoint.npz"
+    FileCheckpoints(path, "one").save({}, {"step": 1})
+    (tmp_path / ".partial-123-checkpoint.npz").write_bytes(b"half")
+    assert FileCheckpoints(path, "one").load() == ({}, {"step": 1})
+    assert names(tmp_path) == ["checkpoint.npz"]

@@ -29,6 +29,9 @@ _STEEP_GRADIENT = 3000.0
 _STEEP_SHARE = 0.1
 # Lines of hands and fonts have 3 to 10 frames of 4 pixels for each character.
 _MOST_FRAMES_PER_CHARACTER = 40.0
+# A healthy network reads lines that nobody distorts, those of validation, no worse than training lines.
+_BY_HEART_CER = 0.35
+_BY_HEART_RISE = 1.2
 # Of the lines of a window. Fewer are named one by one and do no harm.
 _UNFIT_SHARE = 0.2
 
@@ -46,10 +49,12 @@ ADVICE = {
     "labels_do_not_fit": "Look at these lines: label lengths that count padding, several lines of text for one image, "
     "or images that are too narrow. Reject them, or raise features.height_pixels.",
     "padded_widths": "Widths that count padding, or wide margins: give each line its own width, and crop the images.",
+    "by_heart": "Look whether each text belongs to its image. If it does, these are too few lines: add more, or begin "
+    "with a network that reads, by --env finetune.",
     "softmax_twice": "The loss applies the softmax itself: take the activation off the last layer.",
 }
 # What another learning rate cannot change.
-_OF_THE_DATA = ("labels_do_not_fit", "padded_widths", "softmax_twice")
+_OF_THE_DATA = ("labels_do_not_fit", "padded_widths", "softmax_twice", "by_heart")
 HEALTHY = ("learning", "plateau")
 
 
@@ -227,6 +232,25 @@ class CollapseMonitor:
             return False
         half = _WINDOWS // 2
         return sum(self.losses[half:]) > (1.0 - _LEAST_FALL) * sum(self.losses[:half])
+
+
+def judge_epoch(train_cer: float, validation_cer: float, validation_losses: list[float]) -> Verdict | None:
+    """Names a network that learns the training lines by heart and cannot read others.
+
+    Args:
+        train_cer: of the epoch.
+        validation_cer: after it.
+        validation_losses: nats a line after each epoch so far.
+    """
+    lowest = min(validation_losses)
+    if train_cer > _BY_HEART_CER or validation_cer < READING_CER or validation_losses[-1] < _BY_HEART_RISE * lowest:
+        return None
+    return Verdict(
+        "by_heart",
+        f"The training lines are learnt by heart (CER {train_cer:.0%}), others are not read (validation CER "
+        f"{validation_cer:.0%}, and the loss has risen from {lowest:.0f} to {validation_losses[-1]:.0f}). "
+        f"{ADVICE['by_heart']}",
+    )
 
 
 def _frequent(counts: dict[str, int]) -> int:

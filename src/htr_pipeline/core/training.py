@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.batching import Batch, Line, ordered_batches, training_batches
-from htr_pipeline.core.collapse import READING_CER, CollapseMonitor, StepFigures, Verdict
+from htr_pipeline.core.collapse import READING_CER, CollapseMonitor, StepFigures, Verdict, judge_epoch
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.loss import ctc_loss
 from htr_pipeline.core.distribution import Distribution, change_copies, gathered, summed
@@ -33,6 +33,7 @@ _BATCHES_AHEAD = 8
 _RATE_FACTOR = 0.3
 _MOST_RETURNS = 3
 _LINES_NAMED = 20
+_UNFIT_LINES_NAMED = 50  # in all notices together
 
 
 @dataclass
@@ -235,13 +236,22 @@ def train_network(
         clock = time.monotonic()
         validation_loss, score, samples = trainer.validate(validation_lines)
         state.elapsed_seconds += time.monotonic() - clock
-        state.history.append(_history_row(state, monitor.kind, validation_loss, score.cer))
+        row = _history_row(state, monitor.kind, validation_loss, score.cer)
+        losses = [earlier["validation_loss"] for earlier in state.history] + [validation_loss]
+        by_heart = judge_epoch(row["train_cer"], score.cer, losses)
+        if by_heart:
+            row["verdict"] = by_heart.kind
+            if by_heart.kind not in {earlier["verdict"] for earlier in state.history}:
+                progress.notice(f"Epoch {row['epoch']}: {by_heart.sentence}", warning=True)
+        state.history.append(row)
         state.epoch, state.batch, state.sums = state.epoch + 1, 0, {}
         if score.cer < state.best_cer:
             state.best_cer, state.best_epoch = score.cer, state.epoch
             best = model.get_weights()
         progress.epoch(state.history[-1], samples)
         done, _ = share_done()
+        if by_heart and config.on_collapse != "warn":
+            _go_back(state, by_heart, config, progress)
         if interrupted:
             ended_by = "interrupt"
         else:
@@ -511,11 +521,12 @@ def _name_unfit_lines(state: TrainingState, unfit: list[str], progress: Progress
         return
     named = set(state.unfit_lines)
     new = [line_id for line_id in unfit if line_id not in named]
-    if new:
-        state.unfit_lines += new
+    state.unfit_lines += new
+    if new and len(named) < _UNFIT_LINES_NAMED:
+        last = " More of them are not named." if len(state.unfit_lines) >= _UNFIT_LINES_NAMED else ""
         progress.notice(
             f"Nothing is learnt from {_named(new)}: the text needs more frames than the line has. "
-            "Reject such lines, or raise features.height_pixels, which makes them wider.",
+            f"Reject such lines, or raise features.height_pixels, which makes them wider.{last}",
             warning=True,
         )
 

@@ -9,7 +9,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file to, which takes the place of `path` when the block ends without an error."""
+    """A path beside `path` to write a file to, which takes the place of `path` when the block ends without an error.
+
+    Raises:
+        OSError: with the name of the file where writing does not give any, as on a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays: Keras chooses the format by it.
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
@@ -18,6 +22,10 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
         partial.replace(path)
+    except OSError as exc:
+        if exc.errno:
+            exc.filename = exc.filename or str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

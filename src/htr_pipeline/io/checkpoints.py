@@ -1,5 +1,7 @@
 """The newest state of a training run, in one file without pickle."""
 
+import glob
+import hashlib
 import json
 import logging
 import zipfile
@@ -29,7 +31,7 @@ class FileCheckpoints:
 
     def save(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         """Replaces the file in one step."""
-        header = json.dumps({"fingerprint": self._fingerprint, "state": state})
+        header = json.dumps({"fingerprint": self._fingerprint, "state": state, "sha256": _hash(arrays)})
         with replacing(self._path) as partial, partial.open("wb") as stream:
             np.savez(stream, header=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
 
@@ -39,6 +41,8 @@ class FileCheckpoints:
         Raises:
             UserError: the file is damaged.
         """
+        for left in self._path.parent.glob(f".partial-*-{glob.escape(self._path.name)}"):
+            left.unlink(missing_ok=True)  # of processes that were killed while they saved
         if not self._path.exists():
             return None
         fingerprint, arrays, state = self._read()
@@ -59,6 +63,16 @@ class FileCheckpoints:
             with np.load(self._path, allow_pickle=False) as file:
                 header = json.loads(file["header"].tobytes())
                 arrays = {name: file[name] for name in file.files if name != "header"}
+                if _hash(arrays) != header["sha256"]:
+                    raise ValueError("the arrays are not those that were saved")
                 return header["fingerprint"], arrays, header["state"]
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as exc:
+        except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
             raise UserError(f"{self._path}: this checkpoint is damaged ({exc!r}). Remove it to train anew.") from None
+
+
+def _hash(arrays: dict[str, np.ndarray]) -> str:
+    content = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        content.update(f"{name} {array.dtype} {array.shape}".encode())
+        content.update(array.tobytes())
+    return content.hexdigest()

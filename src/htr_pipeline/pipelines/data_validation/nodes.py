@@ -194,8 +194,12 @@ def check_manifest(
         raise UserError(
             f"{len(faults)} of {len(faults) + validated_lines.num_rows} lines were rejected ({share:.1%})"
             + (f", besides {num_others} without text or split" if num_others else "")
-            + f"; validation.max_rejected_share = {validation.max_rejected_share} allows no more. "
-            "The first of them (file | reason | detail):\n"
+            + (
+                f"; validation.max_rejected_share = {validation.max_rejected_share} allows no more. "
+                if validated_lines.num_rows
+                else ", and no line is left. "
+            )
+            + "The first of them (file | reason | detail):\n"
             + "\n".join(first)
             + f"\nAll are in the table rejected_lines and in {page}. Put the source right"
             + (", or raise validation.max_rejected_share." if validated_lines.num_rows else ".")

@@ -209,7 +209,13 @@ def train(
         )
         progress.complete(trained.history)
     logger.info("Best validation CER: %.2f %% (greedy); ended by: %s.", 100 * trained.best_cer, trained.ended_by)
-    if trained.best_cer > READING_CER:
+    if trained.best_cer > READING_CER > trained.history[-1]["train_cer"]:
+        logger.warning(
+            "The network reads its training lines better (CER %.0f %%) than others. Look whether each text belongs to "
+            "its image. If it does, these are too few lines: add more, or begin with a network that reads, by "
+            "--env finetune.", 100 * trained.history[-1]["train_cer"],
+        )  # fmt: skip
+    elif trained.best_cer > READING_CER:
         logger.warning(
             "The network does not read yet. It made %d steps, and from scratch reading takes some thousand: raise "
             "training.epochs (%d) or training.max_minutes, or begin with a network that reads, by --env finetune.",
