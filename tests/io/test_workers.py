@@ -54,6 +54,42 @@ def test_process_that_was_ended_from_outside_is_explained():
         list(map_jobs(end_this_process, range(3), num_workers=2))
 
 
+BUSY = """
+import sys
+from htr_pipeline.io.workers import map_jobs
+from tests.io.test_workers import note_and_sleep_a_little
+if __name__ == "__main__":
+    try:
+        for _ in map_jobs(note_and_sleep_a_little, [sys.argv[1]] * 1000, num_workers=2):
+            pass
+    except KeyboardInterrupt:
+        sys.exit(3)
+"""
+
+
+def note_and_sleep_a_little(folder):
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(0.2)
+
+
+def test_ctrl_c_ends_the_processes_without_tracebacks(tmp_path):
+    (tmp_path / "noted").mkdir()
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+    }
+    parent = subprocess.Popen(
+        [sys.executable, script, tmp_path / "noted"], env=environment, stderr=subprocess.PIPE, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "noted").iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(parent.pid, signal.SIGINT)
+    _, errors = parent.communicate(timeout=60)
+    assert (parent.returncode, errors) == (3, b"")
+
+
 ENDLESS = """
 import sys, time
 from pathlib import Path
