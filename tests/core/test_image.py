@@ -48,6 +48,39 @@ def test_sixteen_bits_palettes_and_transparency_become_eight_bit_grey():
     assert np.all(read_image(file_bytes(clear)) == 255), "transparent is paper"
 
 
+@pytest.mark.parametrize(("mode", "white"), [("F", 1.0), ("F", 255.0), ("I", 255.0), ("I", 65535.0)])
+def test_white_of_images_of_32_bits_is_the_least_that_holds_them(mode, white):
+    values = np.full((6, 30), white, np.float32)
+    values[:, 10:14] = 0
+    values[0, 0] = 1.1 * white  # sharpened
+    values[0, 20] = -0.1 * white
+    stream = io.BytesIO()
+    Image.fromarray(values if mode == "F" else values.astype(np.int32)).save(stream, "TIFF")
+    grey = read_image(stream.getvalue())
+    assert grey[0, 0] == grey[3, 3] == 255
+    assert grey[0, 20] == grey[3, 12] == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -(2.0**31), 2.0**31])
+def test_values_that_leave_white_open_are_refused(value):
+    values = np.full((6, 30), 0.5, np.float32)
+    values[2, 2] = value
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "TIFF")
+    with pytest.raises(UserError, match=r"(leave open what is black and what is white|\(NaN\))\. Save it with"):
+        read_image(stream.getvalue())
+
+
+def test_an_image_is_brought_to_grey_in_bands_without_a_seam(monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (50, 40, 4), dtype=np.uint8)
+    for values in (noise, noise[..., :3], noise[..., 0], noise[..., 0] * np.uint16(257)):
+        image = Image.fromarray(values)
+        monkeypatch.setattr(image_module, "_PIXELS_AT_A_TIME", 10**6)
+        whole = read_image(file_bytes(image))
+        monkeypatch.setattr(image_module, "_PIXELS_AT_A_TIME", 300)
+        np.testing.assert_array_equal(read_image(file_bytes(image)), whole)
+
+
 def test_a_photo_is_turned_as_its_exif_says():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -79,6 +112,12 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch):
         read_image(file_bytes(Image.new("L", (200, 100))))
 
 
+@pytest.mark.parametrize("size", [(65501, 1), (1, 70000)])
+def test_an_image_of_endless_rows_or_columns_is_refused_by_its_header(size):
+    with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels; .* and 65500 a side"):
+        read_image(file_bytes(Image.new("L", size)))
+
+
 def test_normalised_lines_are_columns_of_ink_on_zero():
     line = normalise_line(strokes(), ImageConfig(height_pixels=48))
     assert line.pixels.shape == (225, 48)
@@ -99,6 +138,35 @@ def test_aspect_is_kept_and_width_bounded():
 def test_light_ink_on_dark_paper_gives_the_same_line():
     usual, turned = (normalise_line(grey, ImageConfig()).pixels.astype(int) for grey in (strokes(), 255 - strokes()))
     assert np.abs(usual - turned).max() <= 2
+
+
+def shadow(grey):
+    return np.where(np.arange(grey.shape[1]) < 170, grey * 0.35, grey)
+
+
+def glare(grey):
+    row, column = np.indices(grey.shape)
+    return grey * 0.6 + 102 * np.exp(-((row - 10) ** 2 + (column - 250) ** 2) / 200)
+
+
+def mask(grey, colour):
+    """As of a polygon that cuts the corners off."""
+    row, column = np.indices(grey.shape)
+    return np.where(np.abs(column - 150) / 150 + np.abs(row - 32) / 90 < 1, grey * 0.6, colour)
+
+
+def stripe(grey):
+    return np.where(np.arange(grey.shape[1]) < 285, grey * 0.55, 255)
+
+
+@pytest.mark.parametrize("height", [16, 64, 128])
+@pytest.mark.parametrize("light", [shadow, glare, lambda grey: mask(grey, 255), lambda grey: mask(grey, 0), stripe])
+def test_a_line_is_not_a_negative_for_what_lies_on_it_or_beside_it(light, height):
+    photo = light(strokes().astype(float)).astype(np.uint8)
+    as_it_is = normalise_line(photo, ImageConfig(height_pixels=height, find_polarity=False)).pixels
+    usual = ImageConfig(height_pixels=height)
+    for grey in (photo, 255 - photo):
+        assert np.abs(normalise_line(grey, usual).pixels.astype(int) - as_it_is).mean() < 2
 
 
 def test_shading_of_the_paper_is_divided_out():
@@ -256,6 +324,6 @@ def test_a_tiff_of_several_pages_is_refused_and_one_with_a_small_picture_of_the_
     page, other, small = (Image.new("L", size, 200) for size in ((60, 40), (50, 40), (15, 10)))
     page.save(tmp_path / "two.tif", save_all=True, append_images=[other])
     page.save(tmp_path / "small.tif", save_all=True, append_images=[small])
-    with pytest.raises(UserError, match=r"two\.tif: a TIFF of 2 pages.*Save each as a file"):
+    with pytest.raises(UserError, match=r"two\.tif: a TIFF of several pages.*Save each as a file"):
         read_image(tmp_path / "two.tif")
     assert read_image(tmp_path / "small.tif").shape == (40, 60)

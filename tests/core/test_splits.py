@@ -70,6 +70,20 @@ def test_fewer_than_three_writers_are_split_by_line_with_a_warning(num_writers):
     assert "hands seen in training" in warnings[0]
 
 
+@pytest.mark.parametrize(("num_pages", "kind"), [(12, "page"), (9, "line")])
+def test_pages_of_one_writer_stay_whole_where_there_are_enough(num_pages, kind):
+    line_ids, writer_ids = lines_of(["anna"] * 120)
+    page_ids = [f"p{index % num_pages}" for index in range(120)]
+    splits, warnings = assign_splits(line_ids, writer_ids, [None] * 120, page_ids=page_ids)
+    assert set(splits) == SPLITS
+    assert f"split by {kind}" in warnings[0]
+    assert (len(set(zip(page_ids, splits, strict=True))) == num_pages) == (kind == "page")
+    dealt, _ = with_validation(line_ids, writer_ids, ["train"] * 119 + ["test"], page_ids=page_ids)
+    of_training = set(zip(page_ids[:119], dealt[:119], strict=True))
+    assert (len(of_training) == num_pages) == (kind == "page")
+    assert "validation" in dealt
+
+
 def test_lines_without_a_writer_rule_are_warned_about():
     line_ids, _ = lines_of(range(50))
     _, warnings = assign_splits(line_ids, line_ids, [None] * 50)

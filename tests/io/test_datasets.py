@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click import ClickException
+from kedro.io import DatasetError
 
 from htr_pipeline.cli import errors_in_words
 from htr_pipeline.core.config import UserError
@@ -197,6 +198,17 @@ def test_checkpoint_is_cleared_by_its_own_training_alone(tmp_path, name):
     checkpoints.clear()
     assert checkpoints.load() is None
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", [ParquetTable, JsonDocument])
+@pytest.mark.parametrize("num_bytes", [0, 10, 300])
+def test_damaged_file_is_named(tmp_path, kind, num_bytes):
+    path = tmp_path / "table"
+    rows = [{"line_id": f"{index}", "file": "f", "stage": "s", "reason": "r", "detail": "d"} for index in range(50)]
+    kind(str(path)).save(to_table(rows, REJECTED_LINES) if kind is ParquetTable else rows)
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    with pytest.raises(DatasetError, match=r"table: the file is damaged \(.*Remove it; `kedro run --only-missing"):
+        kind(str(path)).load()
 
 
 @pytest.mark.parametrize("num_bytes", [0, 10, 300])

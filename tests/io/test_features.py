@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import re
@@ -22,7 +23,7 @@ from htr_pipeline.core.cutting import cut_line
 from htr_pipeline.core.image import ImageConfig, normalise_line, read_image
 from htr_pipeline.io.datasets import LineFeatures, ParquetTable
 from htr_pipeline.io.features import FeatureShards, ShardPlan
-from htr_pipeline.io.manifest import FEATURES, MANIFEST, to_table
+from htr_pipeline.io.manifest import FEATURES, MANIFEST, line_hash, to_table
 
 CONFIG = ImageConfig(height_pixels=24, shard_lines=4, num_workers=1)
 NUM_LINES = {"train": 10, "validation": 3, "test": 5}
@@ -35,6 +36,10 @@ def draw_line(path, seed):
     for x in range(6, image.width - 12, 12):
         pen.line([(x, 26), (x + int(rng.integers(0, 9)), int(rng.integers(4, 16)))], fill=30, width=3)
     image.save(path)
+
+
+def hash_of(path, polygon=None, baseline=None):
+    return line_hash(hashlib.sha256(path.read_bytes()).hexdigest(), polygon, baseline)
 
 
 def make_manifest(root, num_lines=NUM_LINES):
@@ -55,7 +60,7 @@ def make_manifest(root, num_lines=NUM_LINES):
                     "format": "lines",
                     "width_pixels": 80,
                     "height_pixels": 32,
-                    "content_hash": f"{len(rows):064x}",
+                    "content_hash": hash_of(root / f"{name}.png"),
                     "group": "odd" if index % 2 else None,
                 }
             )
@@ -218,7 +223,8 @@ def test_changed_image_is_computed_and_a_changed_setting_computes_all(tmp_path, 
     caplog.set_level(logging.INFO, logger="htr_pipeline")
     save(tmp_path / "features", manifest)
     draw_line(tmp_path / "images" / "train-03.png", 1000)
-    rows = [row | {"content_hash": "f" * 64} if row["line_id"] == "train-03" else row for row in manifest.to_pylist()]
+    new = {"content_hash": hash_of(tmp_path / "images" / "train-03.png")}
+    rows = [row | new if row["line_id"] == "train-03" else row for row in manifest.to_pylist()]
     changed = to_table(rows, MANIFEST, manifest.schema.metadata)
     features = save(tmp_path / "features", changed)
     assert computed_and_taken_over(caplog) == (1, 17)
@@ -226,6 +232,22 @@ def test_changed_image_is_computed_and_a_changed_setting_computes_all(tmp_path, 
     np.testing.assert_array_equal(next(islice(features.lines("train"), 3, None)).pixels, expected)
     save(tmp_path / "features", changed, replace(CONFIG, find_polarity=False))
     assert computed_and_taken_over(caplog) == (18, 0)
+
+
+def test_image_that_was_replaced_after_validation_is_refused(tmp_path, manifest):
+    draw_line(tmp_path / "images" / "train-03.png", 1000)
+    with pytest.raises(DatasetError, match=r"'train-03': .*train-03.png is not the file that was validated.*kedro run"):
+        save(tmp_path / "features", manifest)
+
+
+@pytest.mark.parametrize("damage", [lambda lines: lines[:-1], lambda lines: [lines[0][1:], *lines[1:]]])
+def test_list_of_checksums_that_lost_a_shard_is_an_error(tmp_path, manifest, damage):
+    features = save(tmp_path / "features", manifest)
+    assert features.figures().num_rows == len(manifest)
+    path = tmp_path / "features" / "_SHA256SUMS"
+    path.write_text("".join(f"{line}\n" for line in damage(path.read_text().splitlines())))
+    with pytest.raises(UserError, match=r"not list split=\w+/shard-0000\d\.parquet, which the folder holds.*kedro"):
+        FeatureShards(tmp_path / "features")
 
 
 def test_dask_cluster_writes_the_bytes_of_local_processes(tmp_path, manifest, cluster):
@@ -270,10 +292,10 @@ def page_manifest(root):
                     "format": "page",
                     "width_pixels": 360,
                     "height_pixels": 60,
-                    "content_hash": f"{len(rows):064x}",
                 }
             )
         image.save(root / f"page {page}.png")
+    rows = [row | {"content_hash": hash_of(root / row["image_path"], row["polygon"], row["baseline"])} for row in rows]
     return to_table(rows, MANIFEST, {"image_roots": json.dumps({"pages": str(root)})})
 
 
@@ -295,7 +317,11 @@ def test_line_whose_polygon_was_changed_is_the_only_one_of_its_page_to_be_comput
     manifest = page_manifest(tmp_path)
     save(tmp_path / "features", manifest)
     rows = manifest.to_pylist()
-    rows[1] |= {"polygon": [[20, 110], [300, 110], [300, 170], [20, 170]], "content_hash": "f" * 64}
+    polygon = [[20, 110], [300, 110], [300, 170], [20, 170]]
+    rows[1] |= {
+        "polygon": polygon,
+        "content_hash": hash_of(tmp_path / rows[1]["image_path"], polygon, rows[1]["baseline"]),
+    }
     changed = to_table(rows, MANIFEST, manifest.schema.metadata)
     save(tmp_path / "features", changed)
     assert computed_and_taken_over(caplog) == (1, 5)
@@ -306,7 +332,11 @@ def test_line_whose_polygon_was_changed_is_the_only_one_of_its_page_to_be_comput
 def test_line_outside_its_page_is_named(tmp_path):
     rows = page_manifest(tmp_path).to_pylist()
     far = [[5000, 5000], [5300, 5000], [5300, 5060], [5000, 5060]]
-    rows[4] |= {"polygon": far, "baseline": None}
+    rows[4] |= {
+        "polygon": far,
+        "baseline": None,
+        "content_hash": hash_of(tmp_path / rows[4]["image_path"], far, None),
+    }
     with pytest.raises(DatasetError, match="line 'page 1 line 1': "):
         save(tmp_path / "features", to_table(rows, MANIFEST, {"image_roots": json.dumps({"pages": str(tmp_path)})}))
 
@@ -502,13 +532,11 @@ def test_data_hash_follows_texts_images_and_splits(tmp_path, manifest):
     rows = manifest.to_pylist()
     metadata = {"image_roots": json.dumps({"test": str(tmp_path / "images")})}
     other_text = to_table([rows[0] | {"text": "other"}, *rows[1:]], MANIFEST, metadata)
-    other_image = to_table([rows[0] | {"content_hash": "f" * 64}, *rows[1:]], MANIFEST, metadata)
-    hashes = {
-        features.data_hash(),
-        features.data_hash(("test",)),
-        save(tmp_path / "text", other_text).data_hash(),
-        save(tmp_path / "image", other_image).data_hash(),
-    }
+    hashes = {features.data_hash(), features.data_hash(("test",)), save(tmp_path / "text", other_text).data_hash()}
+    image = tmp_path / "images" / rows[0]["image_path"]
+    draw_line(image, 1000)
+    other_image = to_table([rows[0] | {"content_hash": hash_of(image)}, *rows[1:]], MANIFEST, metadata)
+    hashes.add(save(tmp_path / "image", other_image).data_hash())
     assert len(hashes) == 4
     # rows[0] is a test line: what is trained on is the same.
     assert FeatureShards(tmp_path / "text").data_hash(("train",)) == features.data_hash(("train",))

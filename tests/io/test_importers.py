@@ -348,6 +348,27 @@ def test_bad_rows_of_json_lines_are_rejected_and_the_others_read(tmp_path):
         import_rows(table)
 
 
+def test_half_a_character_in_json_lines_is_rejected_and_shown(tmp_path):
+    Image.new("L", (60, 20), 255).save(tmp_path / "a.png")
+    (tmp_path / "lines.jsonl").write_text(
+        '{"image": "a.png", "text": "good"}\n{"image": "a.png", "id": "b", "text": "half \\ud83d of one"}\n'
+    )
+    lines, rejected = import_lines(tmp_path / "lines.jsonl")
+    assert lines["text"].to_pylist() == ["good"]
+    assert rejected["reason"].to_pylist() == ["bad_name"]
+    assert r"'half \\ud83d of one' is not valid UTF-8" in rejected["detail"][0].as_py()
+
+
+def test_a_writer_in_two_unicode_forms_is_one(tmp_path):
+    rows = ["image\ttext\twriter\tpage"]
+    for index, form in enumerate(("NFC", "NFD")):
+        Image.new("L", (60 + index, 20), 255).save(tmp_path / f"{index}.png")
+        rows.append(unicodedata.normalize(form, f"{index}.png\ttext\tZoé\tCahier éé"))
+    (tmp_path / "lines.tsv").write_text("\n".join(rows), encoding="utf-8")
+    lines, _ = import_lines(tmp_path / "lines.tsv")
+    assert (set(lines["writer_id"].to_pylist()), set(lines["page_id"].to_pylist())) == ({"Zoé"}, {"Cahier éé"})
+
+
 def test_columns_can_be_named_and_an_empty_name_means_none(table):
     text = (table / "lines.tsv").read_text().replace("id\tset\tdocument\tpage\ttext", "key\tset\thand\tscribe\twords")
     (table / "lines.tsv").write_text(text)

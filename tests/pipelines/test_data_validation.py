@@ -101,6 +101,7 @@ def test_good_lines_pass_unchanged(tmp_path):
         ({"text": "a\x07b"}, "unknown_character", "U\\+0007"),
         ({"text": "a\ufffdb"}, "unknown_character", "U\\+FFFD REPLACEMENT CHARACTER"),
         ({"content_hash": ""}, "unreadable_image", "was not decoded"),
+        ({"image_hash": "0" * 32}, "blank_image", "nothing can be seen on the image"),
         ({"height_pixels": 7}, "height", "7 pixels high, 8 to 1000.*validation.min_height_pixels"),
         ({"height_pixels": 1001, "width_pixels": 9000}, "height", "1001 pixels high"),
         ({"width_pixels": 7}, "width", "7 pixels wide, 8 to 20000"),
@@ -140,6 +141,8 @@ def test_characters_outside_those_allowed_are_rejected_with_their_names(tmp_path
     rows[6]["text"] = "Wört"
     _, rejected, _, _ = validate(rows, tmp_path, allowed_characters="Wortabe ")
     assert "U+00F6 LATIN SMALL LETTER O WITH DIAERESIS" in rejected["detail"][0].as_py()
+    for allowed in ("Wortabeö", "Wortabeo\u0308"):  # composed and not, without the blank
+        assert validate(rows, tmp_path, allowed_characters=allowed)[1].num_rows == 0
 
 
 def test_writer_in_two_splits_stops_the_run(tmp_path):
@@ -148,6 +151,34 @@ def test_writer_in_two_splits_stops_the_run(tmp_path):
     validated, rejected, summary, config = validate(rows, tmp_path)
     with pytest.raises(UserError, match=r"more than one split.*'writer0' \(test and train\).*source\.split=by_writer"):
         check_manifest(validated, rejected, summary, config)
+
+
+def test_page_in_two_splits_is_a_warning(tmp_path):
+    rows = good_lines()
+    for row in rows:
+        row["page_id"] = f"page of {row['writer_id']}" if row["writer_id"] != "writer1" else "writer1"
+    rows[0]["page_id"] = rows[2]["page_id"]
+    validated, rejected, summary, config = validate(rows, tmp_path)
+    assert summary["failures"] == []
+    assert re.search(r"Pages in more than one split.*: 'page of writer2' \(test and train\)\.", summary["warnings"][0])
+    assert check_manifest(validated, rejected, summary, config) is validated
+
+
+def test_one_hand_is_split_by_page_where_there_are_enough(tmp_path):
+    (tmp_path / "source").mkdir()
+    rows = ["image\ttext\twriter\tpage"]
+    for index in range(48):
+        Image.effect_noise((300 + index, 40), 50).save(tmp_path / "source" / f"{index}.png")
+        rows.append(f"{index}.png\tline {index}\tAnna\tfolio {index % 12}")
+    (tmp_path / "source" / "lines.tsv").write_text("\n".join(rows), encoding="utf-8")
+    source = SourceConfig(path=str(tmp_path / "source"))
+    manifest, rejections, notes = import_sources(source, SourcesConfig(), DemoConfig())
+    assert "split by page" in notes[0]
+    _, _, _, summary = validate_lines(
+        manifest, rejections, notes, settings_for(tmp_path, docs_path=str(tmp_path / "docs")), ImageConfig()
+    )
+    assert (summary["warnings"], summary["failures"]) == (notes, [])
+    assert set(manifest["split"].to_pylist()) == {"train", "validation", "test"}
 
 
 def test_collections_of_one_or_two_hands_go_through_with_a_warning(tmp_path):

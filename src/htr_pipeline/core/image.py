@@ -1,12 +1,13 @@
 """Line images: read safely, normalised to one height with ink high and paper at zero."""
 
+import contextlib
 import io
 import json
 import math
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -19,9 +20,13 @@ from htr_pipeline.core.config import UserError, config, setting
 # needs it to reject lines that are too narrow for their text, without TensorFlow.
 DOWNSAMPLING = 4
 MAX_IMAGE_PIXELS = 100_000_000
+MAX_IMAGE_SIDE = 65_500  # the most that JPEG can have
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
 # Raised when the same image and the same settings give other pixels than before, here or in core/cutting.py.
-_NORMALISATION_VERSION = 4
+_NORMALISATION_VERSION = 5
+_SURELY = 1.25  # blank paper has as much light grain as dark; no line of writing comes near this
+_PIXELS_AT_A_TIME = 4_000_000  # that are brought to grey together
+_MAX_FRAMES = 100  # of a TIFF, that are looked at
 _ANGLES = np.arange(-45, 50, 5)  # degrees of slant that are told apart
 _SAUVOLA_WEIGHT = 0.2  # of the local contrast in the threshold
 _SAUVOLA_RANGE = 0.5  # largest standard deviation of brightness from 0 to 1
@@ -69,19 +74,22 @@ def read_image(source: Path | bytes) -> np.ndarray:
         source: a file's path or its bytes.
 
     Raises:
-        UserError: missing, unreadable, cut short, of another format, or larger than MAX_IMAGE_PIXELS.
+        UserError: missing, unreadable, cut short, of another format, larger than MAX_IMAGE_PIXELS or MAX_IMAGE_SIDE, or
+            of values that leave open what is white.
     """
     name = str(source) if isinstance(source, Path) else f"{len(source)} bytes of image data"
     try:
         stream: Path | io.BytesIO = source if isinstance(source, Path) else io.BytesIO(source)
         with Image.open(stream, formats=IMAGE_FORMATS) as image:
             width, height = image.size
-            if width * height > MAX_IMAGE_PIXELS:
+            if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
                 raise UserError(
-                    f"{name}: {width} x {height} pixels; at most {MAX_IMAGE_PIXELS} are read. Cut the page into lines."
+                    f"{name}: {width} x {height} pixels; at most {MAX_IMAGE_PIXELS} are read, and {MAX_IMAGE_SIDE} a "
+                    "side. Cut the page into lines."
                 )
             _check_single(image, name)
-            return _to_grey(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_grey(image, name)
     except FileNotFoundError:
         raise UserError(f"{name}: there is no such file.") from None
     except UnidentifiedImageError:
@@ -97,26 +105,55 @@ def _check_single(image: Image.Image, name: str) -> None:
     if image.format != "TIFF":
         return
     width, height = image.size
-    pages = 1
-    for frame in range(1, getattr(image, "n_frames", 1)):
-        image.seek(frame)
-        pages += image.size[0] * image.size[1] > width * height / 2
+    # One after the other, to the second page: a small file may claim thousands, and each is looked for from the first.
+    with contextlib.suppress(EOFError):
+        for frame in range(1, _MAX_FRAMES):
+            image.seek(frame)
+            if image.size[0] * image.size[1] > width * height / 2:
+                raise UserError(
+                    f"{name}: a TIFF of several pages; which one is meant cannot be known. Save each as a file."
+                )
     image.seek(0)
-    if pages > 1:
-        raise UserError(f"{name}: a TIFF of {pages} pages; which one is meant cannot be known. Save each as a file.")
 
 
-def _to_grey(image: Image.Image) -> np.ndarray:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        highest = values.max(initial=0)
-        # 32 bits and floating point have no white of their own: that of the values is the least that holds them.
-        top = 65535.0 if image.mode.startswith("I;16") or highest > 255.0 else 255.0 if highest > 1.0 else 1.0
-        return np.clip(values * (255.0 / top), 0, 255).astype(np.uint8)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("L"))
+def _to_grey(image: Image.Image, name: str) -> np.ndarray:
+    """(height, width) uint8; a few rows at a time, so that only the image itself is in memory twice."""
+    white = _white(image, name)
+    rows = max(_PIXELS_AT_A_TIME // max(image.width, 1), 1)
+    grey = np.empty((image.height, image.width), np.uint8)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if white:
+            values = np.asarray(band, np.float64)
+            if np.isnan(values).any():
+                raise UserError(f"{name}: some pixels have no value (NaN). Save it with 8 bits a pixel.")
+            grey[top : top + rows] = np.clip(values * (255.0 / white), 0, 255)
+            continue
+        if band.has_transparency_data:
+            band = band.convert("RGBA")
+            band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
+        grey[top : top + rows] = np.asarray(band.convert("L"))
+    return grey
+
+
+def _white(image: Image.Image, name: str) -> float | None:
+    """What white is in an image of more than 8 bits a pixel; None for one of 8 bits.
+
+    32 bits and floating point have no white of their own: it is 1, 255 or 65535, the least that holds the values but
+    for a little that resampling or sharpening adds.
+    """
+    if image.mode.startswith("I;16"):
+        return 65535.0
+    if image.mode not in ("I", "F"):
+        return None
+    lowest, highest = cast(tuple[float, float], image.getextrema())  # one band
+    for white in (1.0, 255.0, 65535.0):
+        if -0.25 * white <= lowest and highest <= 1.25 * white:
+            return white
+    raise UserError(
+        f"{name}: values from {lowest:g} to {highest:g}, which leave open what is black and what is white. "
+        "Save it with 8 bits a pixel."
+    )
 
 
 def perceptual_hash(grey: np.ndarray) -> int:
@@ -235,8 +272,13 @@ def normalise_line(grey: np.ndarray, config: ImageConfig) -> NormalisedLine:
 
 
 def _is_light_on_dark(grey: np.ndarray) -> bool:
-    low, middle, high = _percentiles(grey, 1, 50, 99)
-    return middle - low + 8 < high - middle  # of blank paper, grain alone decides which of the two is larger
+    """Whether strokes are lighter than what is around them, by a local median: it follows shadows and masks."""
+    height, width = grey.shape
+    # At this size the window of the median, a quarter of the height, is wider than a stroke and narrower than a shadow.
+    small = cv2.resize(grey, (max(round(21 * width / height), 1), 21), interpolation=cv2.INTER_AREA)
+    around = cv2.medianBlur(small, 5)
+    lighter, darker = (float(cv2.subtract(*pair).sum()) for pair in ((small, around), (around, small)))
+    return lighter > _SURELY * darker
 
 
 def _percentiles(values: np.ndarray, *shares: int) -> list[int]:

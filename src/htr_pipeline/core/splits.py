@@ -10,6 +10,7 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 FEWEST_WRITERS = len(SPLIT_NAMES)  # with fewer, a hand is in two splits
+FEWEST_PAGES = 10  # with fewer, a page is too large a share of one or two hands to go to the test as a whole
 NO_NEW_HANDS = "its CER says nothing about new hands"  # part of a warning
 
 
@@ -28,6 +29,7 @@ def assign_splits(
     writer_ids: Sequence[str],
     given: Sequence[str | None],
     *,
+    page_ids: Sequence[str] | None = None,
     validation_share: float = 0.1,
     test_share: float = 0.1,
 ) -> tuple[list[str], list[str]]:
@@ -36,13 +38,14 @@ def assign_splits(
     Splits that are given stay. Every other writer goes where the hash of the writer's id falls, so that lines which
     arrive later join their writer's split and no line ever moves. Two departures, both only for lines without a split:
 
-    - The hash leaves a split empty (few writers): the writers are dealt out in the order of their hashes by the shares.
-    - Fewer than three writers: the lines are dealt out instead, with a warning.
+    - The hash leaves a split empty (few writers): the writers are dealt out in the order of their hashes by shares.
+    - Fewer than three writers: their pages are dealt out, with a warning; of fewer than FEWEST_PAGES, the lines.
 
     Args:
         line_ids: one a line, distinct.
         writer_ids: one a line.
         given: split of a line where it is known, else None.
+        page_ids: one a line; None where pages are not known.
         validation_share: share of the writers for validation, 0 to 1.
         test_share: share of the writers for test, 0 to 1.
 
@@ -62,11 +65,12 @@ def assign_splits(
         )
     units: Sequence[str] = writer_ids
     if free and len(set(writer_ids)) < FEWEST_WRITERS and not split_of:
+        units, name = _pages_or_lines(line_ids, page_ids)
         warnings.append(
-            f"Only {len(free)} writer(s) for three splits: split by line, so the test has hands seen in training and "
+            f"Only {len(free)} writer(s) for three splits: split by {name}, so the test has hands seen in training and "
             f"{NO_NEW_HANDS}. Add lines of more writers, or give the splits in the source."
         )
-        units, free = line_ids, sorted(line_ids, key=_position)
+        free = sorted(set(units), key=_position)
 
     for unit in free:
         split_of[unit] = _split_at(_position(unit), validation_share, test_share)
@@ -85,18 +89,20 @@ def with_validation(
     writer_ids: Sequence[str],
     splits: Sequence[str],
     *,
+    page_ids: Sequence[str] | None = None,
     validation_share: float = 0.1,
     test_share: float = 0.1,
 ) -> tuple[list[str], list[str]]:
     """The splits, with validation lines where there are only lines to train on and to test, and a warning that says so.
 
     Writers of training lines become writers of validation lines, those that the hash would have sent there; of a single
-    writer, lines do. Test lines stay test lines.
+    writer, pages or lines do. Test lines stay test lines.
 
     Args:
         line_ids: one a line, distinct.
         writer_ids: one a line.
         splits: one a line.
+        page_ids: as for assign_splits.
         validation_share: as for assign_splits.
         test_share: as for assign_splits.
     """
@@ -105,7 +111,7 @@ def with_validation(
         return list(splits), []
     units = writer_ids
     if len({writer_ids[index] for index in of_training}) < 2:
-        units = line_ids
+        units, _ = _pages_or_lines(line_ids, page_ids, of_training)
     free = sorted({units[index] for index in of_training}, key=_position)
     chosen = {unit for unit in free if _split_at(_position(unit), validation_share, test_share) == "validation"}
     if not chosen or len(chosen) == len(free):
@@ -119,6 +125,18 @@ def with_validation(
         f"{len(of_training)} training lines are taken for it"
         + (f", those of {len(chosen)} of {len(free)} writers." if units is writer_ids else ", all by one writer.")
     ]
+
+
+def _pages_or_lines(
+    line_ids: Sequence[str], page_ids: Sequence[str] | None, chosen: Sequence[int] | None = None
+) -> tuple[Sequence[str], str]:
+    """What the lines of one hand (all, or those chosen) are dealt out by, and its name.
+
+    Lines of one page share ink, light and half a sentence with the next: the test is to have other pages.
+    """
+    if page_ids is None or len(set(page_ids if chosen is None else [page_ids[i] for i in chosen])) < FEWEST_PAGES:
+        return line_ids, "line"
+    return page_ids, "page"
 
 
 def _position(identifier: str) -> float:

@@ -35,6 +35,12 @@ class _FileDataset(AbstractDataset):
             "`kedro run --only-missing-outputs` those whose results are missing."
         )
 
+    def _damaged(self, exc: Exception) -> UserError:
+        return UserError(
+            f"{self._filepath}: the file is damaged ({exc}). Remove it; `kedro run --only-missing-outputs` makes it "
+            "again."
+        )
+
 
 class ParquetTable(_FileDataset):
     """A pyarrow.Table in one Parquet file, its schema's metadata kept."""
@@ -43,7 +49,10 @@ class ParquetTable(_FileDataset):
         """Reads the file."""
         if not self._filepath.exists():
             raise self._missing()
-        return pq.read_table(self._filepath, partitioning=None)
+        try:
+            return pq.read_table(self._filepath, partitioning=None)
+        except (pa.ArrowException, OSError) as exc:
+            raise self._damaged(exc) from exc
 
     def save(self, data: pa.Table) -> None:
         """Writes the file, ZSTD-compressed."""
@@ -58,7 +67,10 @@ class JsonDocument(_FileDataset):
         """Reads the file."""
         if not self._filepath.exists():
             raise self._missing()
-        return json.loads(self._filepath.read_text(encoding="utf-8"))
+        try:
+            return json.loads(self._filepath.read_text(encoding="utf-8"))
+        except ValueError as exc:
+            raise self._damaged(exc) from exc
 
     def save(self, data: Any) -> None:
         """Writes the file, keys in the order given."""

@@ -24,7 +24,7 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.core.cutting import cut_line
 from htr_pipeline.core.image import ImageConfig, normalise_line, read_image, signature
 from htr_pipeline.io.atomic import replacing
-from htr_pipeline.io.manifest import FEATURES, SCHEMA_VERSION, SPLITS, image_roots
+from htr_pipeline.io.manifest import FEATURES, SCHEMA_VERSION, SPLITS, image_roots, line_hash
 from htr_pipeline.io.workers import map_jobs
 
 logger = logging.getLogger(__name__)
@@ -188,6 +188,14 @@ class FeatureShards:
             raise UserError(f"{folder}: there is no {CHECKSUMS}, so that nothing says what it should hold. {_REMEDY}")
         self._folder = folder
         self._checksums = _read_checksums(folder)
+        # A list that lost lines would make the collection smaller without a word.
+        there = {path.relative_to(folder).as_posix() for path in folder.glob("split=*/shard-*.parquet")}
+        if unlisted := sorted(there - self._checksums.keys()):
+            raise UserError(
+                f"{folder / CHECKSUMS}: it does not list {unlisted[0]}"
+                + (f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else "")
+                + f", which the folder holds: it is damaged. {_REMEDY}"
+            )
 
     def figures(self) -> pa.Table:
         """All columns but the pixels, of all lines, in the order of the shards."""
@@ -323,22 +331,27 @@ def line_images(rows: Iterable[dict[str, Any]], roots: dict[str, Path]) -> Itera
 
     Args:
         rows: with source, image_path, polygon and baseline; a page is decoded once for lines that follow each other.
+            Where they have a content_hash too, the image must be the one that it was taken of.
         roots: folder of the images, by source.
 
     Raises:
-        UserError: an image cannot be read any more.
+        UserError: an image cannot be read any more, or is another one than at validation.
     """
     for (source, image_path), group in groupby(rows, key=_image_of):
-        image = None
+        path, image, file_hash = roots[source] / image_path, None, ""
         for row in group:
             try:
-                image = read_image(roots[source] / image_path) if image is None else image
+                if image is None:
+                    image = read_image(path)
+                    file_hash = _checksum(path)
+                if row.get("content_hash", found := line_hash(file_hash, row["polygon"], row["baseline"])) != found:
+                    raise UserError(f"{path} is not the file that was validated: its SHA-256 is now {file_hash[:12]}….")
                 is_page = row["polygon"] is not None or row["baseline"] is not None
                 line = cut_line(image, row["polygon"], row["baseline"]) if is_page else image
             except UserError as exc:
                 raise UserError(
-                    f"line {row['line_id']!r}: {exc} It could be read at validation: "
-                    "if images were changed, run `kedro run --pipeline data_validation` again."
+                    f"line {row['line_id']!r}: {exc} It was there and could be read at validation: if images were "
+                    "changed, run `kedro run --pipeline data_validation` again."
                 ) from exc
             yield row, line
 

@@ -1,5 +1,6 @@
 """The tables that the pipelines exchange: one Arrow schema each, with a version in the file's metadata."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -159,6 +160,19 @@ def image_roots(manifest: pa.Table) -> dict[str, Path]:
         manifest: table of MANIFEST whose metadata has the entry image_roots, a JSON object.
     """
     return {name: Path(root) for name, root in json.loads((manifest.schema.metadata or {})[b"image_roots"]).items()}
+
+
+def line_hash(file_hash: str, polygon: list[list[int]] | None, baseline: list[list[int]] | None) -> str:
+    """The content_hash of a line: that of its image's file, or, on a page, of that and its place.
+
+    Args:
+        file_hash: SHA-256 of the image's file, in hexadecimal digits.
+        polygon: [x, y] points in pixels of the page, or None for a line image.
+        baseline: [x, y] points, or None.
+    """
+    if polygon is None and baseline is None:
+        return file_hash
+    return hashlib.sha256(json.dumps([file_hash, polygon, baseline]).encode()).hexdigest()
 
 
 def id_prefixes(manifest: pa.Table) -> dict[str, str]:

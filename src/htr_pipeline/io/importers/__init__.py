@@ -8,10 +8,10 @@ code) and `detail` (a sentence) instead. Another format is one more module besid
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -34,12 +34,12 @@ from htr_pipeline.io.importers.lines import has_lines, read_lines
 from htr_pipeline.io.importers.page import PAGE
 from htr_pipeline.io.importers.table import TABLE_SUFFIXES, find_tables, read_table, unpacked_folder
 from htr_pipeline.io.importers.xml import MAX_DISTORTION, find_roots, has_area
-from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, to_table
+from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, line_hash, to_table
 
 logger = logging.getLogger(__name__)
 
 DEMO_FOLDER = "data/01_raw/demo"  # where the demo is rendered, unless another format is asked for
-# Pages decoded at the same time; one takes up to half a gigabyte.
+# Pages decoded at the same time; one of MAX_IMAGE_PIXELS takes half a gigabyte, or one if it has to be turned.
 _MAX_THREADS = 8
 _PARTS_A_THREAD = 16
 # The manifest before every line has its split.
@@ -302,7 +302,11 @@ def _finish(
     """The row as a record of the manifest, or with the reason why it cannot be one."""
     printable = {key: _printable(value) for key, value in row.items()}
     if printable != row:
-        detail = f"{printable['file']}: the name is not valid UTF-8. Rename the file or write the table again in UTF-8."
+        wrong = next(value for key, value in printable.items() if value != row[key])
+        detail = (
+            f"{printable['file']}: {_shortened(wrong)!r} is not valid UTF-8. Rename the file or write the table again "
+            "in UTF-8."
+        )
         return printable | _reject("bad_name", detail)
     if "reason" in row:
         return row
@@ -334,10 +338,11 @@ def _finish(
             grey = cut_line(grey, polygon, baseline)
         except UserError as exc:
             return row | _reject("bad_geometry", f"{row['line_id']}: {exc}")
-        geometry = json.dumps([content_hash, polygon, baseline])
-        content_hash = hashlib.sha256(geometry.encode()).hexdigest()
+        content_hash = line_hash(content_hash, polygon, baseline)
 
-    writer_id = row.get("writer_id") or row.get("page_id") or row["line_id"]
+    # Two files of one archive may write é in two ways; a hand must not be in two splits for it.
+    page_id, writer_id = (unicodedata.normalize("NFC", row.get(name) or "") for name in ("page_id", "writer_id"))
+    writer_id = writer_id or page_id or row["line_id"]
     if config.writer_pattern:
         match = re.search(config.writer_pattern, row.get("image_name") or row["image_path"])
         if not match or not match[1]:
@@ -346,11 +351,11 @@ def _finish(
                 f"{row.get('image_name') or row['image_path']}: widen it."
             )
             return row | _reject("no_writer", detail)
-        writer_id = match[1]
+        writer_id = unicodedata.normalize("NFC", match[1])
     return {
         "line_id": row["line_id"],
         "file": row["file"],
-        "page_id": row.get("page_id") or writer_id,
+        "page_id": page_id or writer_id,
         "writer_id": writer_id,
         "split": {"given": row.get("split"), "by_writer": None}.get(config.split, config.split),
         "text": text,
@@ -393,9 +398,17 @@ def _on_image(row: dict[str, Any], width: int, height: int) -> tuple[list[list[i
 
 
 def _printable(value: Any) -> Any:
-    """The value with bytes of a file name that are not UTF-8 spelled out, so that it can be stored and shown."""
-    return (
-        value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        if isinstance(value, str)
-        else value
-    )
+    """The value with what is not UTF-8 spelled out, so that it can be stored and shown.
+
+    That are bytes of a file name, or half a character beyond U+FFFF, as JSON can have it.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return value.encode("utf-8", "backslashreplace").decode()
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= 60 else f"{value[:60]}…"

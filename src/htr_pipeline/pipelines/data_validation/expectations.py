@@ -22,6 +22,7 @@ LINE_LEVELS = {
     "empty_text": "reject",
     "unknown_character": "reject",
     "unreadable_image": "reject",
+    "blank_image": "reject",
     "height": "reject",
     "width": "reject",
     "aspect": "reject",
@@ -37,7 +38,7 @@ LINE_LEVELS = {
     "rare_character": "warn",
     "untrained_character": "warn",
 }
-SET_LEVELS = {"writer_in_two_splits": "stop", "missing_split": "stop"}
+SET_LEVELS = {"writer_in_two_splits": "stop", "page_in_two_splits": "warn", "missing_split": "stop"}
 
 
 @config("validation")
@@ -145,6 +146,13 @@ def line_checks(config: ValidationConfig) -> list[Check]:
             "the image was decoded and its bytes hashed",
             lambda gxe: gxe.ExpectColumnValuesToMatchRegex(column="content_hash", regex="^[0-9a-f]{64}$"),
             lambda line: f"{line['place']}: the image was not decoded. Export it again as PNG.",
+        ),
+        Check(
+            "blank_image",
+            "the image is not of one brightness everywhere",
+            # What core.image.perceptual_hash gives for such an image.
+            lambda gxe: gxe.ExpectColumnValuesToNotMatchRegex(column="image_hash", regex="^0+$"),
+            lambda line: f"{line['place']}: nothing can be seen on the image. Export it again, or remove the line.",
         ),
         Check(
             "height",
@@ -284,9 +292,19 @@ def set_checks() -> list[Check]:
             lambda gxe: gxe.ExpectColumnValuesToBeInSet(column="writer_splits", value_set=list(SPLITS)),
             lambda frame: (
                 "Writers in more than one split, so that the test would have hands seen in training: "
-                + _list_writers(frame[~frame["writer_splits"].isin(SPLITS)])
+                + _list_ids(frame[~frame["writer_splits"].isin(SPLITS)], "writer")
                 + ". Correct the splits in the source, or set source.split=by_writer to split by writer. If the "
                 "test is to be of the same hands, set validation.levels.writer_in_two_splits=warn."
+            ),
+        ),
+        Check(
+            "page_in_two_splits",
+            "every page is in one split",
+            lambda gxe: gxe.ExpectColumnValuesToBeInSet(column="page_splits", value_set=list(SPLITS)),
+            lambda frame: (
+                "Pages in more than one split, whose lines share ink, light and half a sentence with the next: "
+                + _list_ids(frame[~frame["page_splits"].isin(SPLITS)], "page")
+                + ". The test is easier for it. Give whole pages to a split in the source."
             ),
         ),
         Check(
@@ -305,9 +323,10 @@ def set_checks() -> list[Check]:
     ]
 
 
-def _list_writers(frame: pd.DataFrame) -> str:
-    splits = dict(sorted(zip(frame["writer_id"], frame["writer_splits"], strict=True)))
-    words = [f"{writer_id!r} ({found})" for writer_id, found in list(splits.items())[:5]]
+def _list_ids(frame: pd.DataFrame, kind: str) -> str:
+    """The first writers or pages with their splits, and how many more there are."""
+    splits = dict(sorted(zip(frame[f"{kind}_id"], frame[f"{kind}_splits"], strict=True)))
+    words = [f"{identifier!r} ({found})" for identifier, found in list(splits.items())[:5]]
     return ", ".join(words) + (f" and {len(splits) - 5} more" if len(splits) > 5 else "")
 
 

@@ -4,6 +4,7 @@ Only distinct characters and the lines that have a doubtful one are looked at in
 that a million lines take seconds and little memory.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain, groupby
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 from htr_pipeline.core.characters import describe_characters, is_debris, is_invisible, look_alike_words, plain_form
 from htr_pipeline.core.image import ImageConfig, find_near_duplicates, num_frames, scaled_width
 from htr_pipeline.core.splits import FEWEST_WRITERS
-from htr_pipeline.core.text import required_frames
+from htr_pipeline.core.text import UNICODE_FORMS, required_frames
 from htr_pipeline.io.manifest import id_prefixes
 from htr_pipeline.pipelines.data_validation.expectations import ValidationConfig
 
@@ -49,7 +50,7 @@ def collect_facts(lines: pa.Table, config: ValidationConfig, image_config: Image
         for what the text has of them), same_image, near_image (id of the earlier line), other_page (page of another
         split with the same text); numbers: aspect, frames, required_frames, spare_frames, texts_of_image,
         width_per_character (in line heights) and width_deviation (in standard deviations from the writer's norm).
-        writer_splits names the splits of the line's writer.
+        writer_splits names the splits of the line's writer, page_splits those of its page.
     """
     frame = lines.select(_COLUMNS).to_pandas().rename(columns={"image_path": "file"})
     prefixes = id_prefixes(lines)
@@ -75,7 +76,16 @@ def collect_facts(lines: pa.Table, config: ValidationConfig, image_config: Image
     frame["near_image"] = _ids_at(frame, _near_images(frame["image_hash"].where(first == rows), config))
     frame["other_page"] = _pages_of_same_text(frame)
     frame["writer_splits"] = _splits_of_writer(frame)
+    # Without pages in the source, a page is what one writer wrote.
+    has_pages = frame["page_id"] != frame["writer_id"]
+    frame["page_splits"] = _splits_of(frame, "page_id").where(has_pages, frame["split"])
     return frame
+
+
+def _splits_of(frame: pd.DataFrame, column: str) -> pd.Series:
+    """For each line, the splits of all lines with the same value, in words."""
+    splits = frame.groupby(column)["split"].unique().map(lambda found: " and ".join(sorted(found)))
+    return frame[column].map(splits)
 
 
 def _splits_of_writer(frame: pd.DataFrame) -> pd.Series:
@@ -83,11 +93,11 @@ def _splits_of_writer(frame: pd.DataFrame) -> pd.Series:
 
     That is: fewer than three writers in all, or a single one to train and to validate with, who is not in the test.
     """
-    splits = frame.groupby("writer_id")["split"].unique().map(lambda found: " and ".join(sorted(found)))
-    of_writer = frame["writer_id"].map(splits)
-    if len(splits) < FEWEST_WRITERS:
+    of_writer = _splits_of(frame, "writer_id")
+    if frame["writer_id"].nunique() < FEWEST_WRITERS:
         return frame["split"]
-    if splits.isin(("train", "validation", "train and validation")).sum() == 1:
+    not_in_test = of_writer.isin(("train", "validation", "train and validation"))
+    if frame["writer_id"][not_in_test].nunique() == 1:
         return of_writer.where(of_writer != "train and validation", frame["split"])
     return of_writer
 
@@ -108,6 +118,8 @@ def _strings(column: pa.ChunkedArray) -> Iterator[str]:
 
 def _add_characters(frame: pd.DataFrame, lines: pa.Table, config: ValidationConfig) -> None:
     texts, allowed = lines["text"], config.allowed_characters
+    if allowed is not None:  # in whatever form the configuration has them; a blank parts words
+        allowed = {" "}.union(allowed, *(unicodedata.normalize(form, allowed) for form in UNICODE_FORMS))
     everywhere = count_characters(texts)
     trained = count_characters(texts.filter(pc.equal(lines["split"], "train")))
     unknown = {c for c in everywhere if is_debris(c) or (allowed is not None and c not in allowed)}

@@ -58,6 +58,7 @@ def import_sources(
             raise UserError(f"{label}{exc}") from exc
         splits, notes = assign_splits(
             *(found[column].to_pylist() for column in ("line_id", "writer_id", "split")),
+            page_ids=found["page_id"].to_pylist(),
             validation_share=config.validation_share,
             test_share=config.test_share,
         )
@@ -75,6 +76,7 @@ def import_sources(
         splits, notes = with_validation(
             *(_plain_ids(imported, column, prefixes) for column in ("line_id", "writer_id")),
             imported["split"].to_pylist(),
+            page_ids=_plain_ids(imported, "page_id", prefixes),
             validation_share=source.validation_share,
             test_share=source.test_share,
         )

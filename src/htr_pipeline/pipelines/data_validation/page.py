@@ -190,7 +190,8 @@ def _gallery(kept: pd.DataFrame, lines: pa.Table, findings: pa.Table, num_shown:
     for row in rows:
         row["other_line"] = others.get(row["reason"], {}).get(row["line_id"], "")
     line_ids = pa.array([row[name] for row in rows for name in ("line_id", "other_line")], pa.string())
-    images = _thumbnails(lines, lines.filter(pc.is_in(lines["line_id"], line_ids)).to_pylist())
+    of_rows = lines.select(["line_id", "source", "image_path", "polygon", "baseline"])
+    images = _thumbnails(lines, of_rows.filter(pc.is_in(lines["line_id"], line_ids)).to_pylist())
     # What was rejected at the import has no image but its file; a line with the same id may have been kept.
     files = _thumbnails_of_files(lines, {row["file"] for row in rows if row["stage"] == "import"})
     for row in rows:
