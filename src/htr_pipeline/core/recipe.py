@@ -115,4 +115,4 @@ class LanguageModelConfig:
     order: int | None = setting(default=None, minimum=1, maximum=10)  # None: 6 characters or 3 words
     texts: str | None = setting(default=None)  # folder of more texts: .txt files, UTF-8, learnt from line by line
     arpa: str | None = setting(default=None)  # a model of that kind as ARPA file, taken instead of training one
-    space_token: str = setting(default="<space>")  # how a character model's ARPA file writes the blank
+    space_token: str = setting(default="<space>")  # how the ARPA file writes the blank

@@ -1,4 +1,5 @@
 import functools
+import io
 import itertools
 import math
 import random
@@ -99,7 +100,7 @@ class Language:
         lm_score = 0.0
         if self.model:
             state = self.model.start_state
-            for token in self.model.encode(" ".join(words) if isinstance(self.model, WordNGram) else text):
+            for token in self.model.encode(" ".join([*words, ""]) if isinstance(self.model, WordNGram) else text):
                 gain, state = advance(self.model.trie, state, token)
                 lm_score += gain
         lexicon_score = self.lexicon.score(" ".join(words)) if self.lexicon else 0.0
@@ -383,11 +384,24 @@ def known_texts(seed, count=200, alphabet=LETTERS):
     return ["".join(generator.choices(alphabet, k=generator.randrange(9))) for _ in range(count)]
 
 
+def with_blanks_as_words(texts, order):
+    """A model of words and of the blanks between them, as PyLaia's users make them."""
+    spaced = WordNGram.train([re.sub(r"\s+", " <space> ", text.strip()) for text in texts], order)
+    arpa = io.StringIO()
+    spaced.to_arpa(arpa)
+    return WordNGram.from_arpa(arpa.getvalue().splitlines())
+
+
 LANGUAGES = {
     "characters": {"model": CharacterNGram.train(TEXTS, 3), "alpha": 0.7, "beta": 0.4},
     "characters that the model does not know": {"model": CharacterNGram.train(["aa", "a a"], 4), "alpha": 1.3},
     "words": {"model": WordNGram.train(TEXTS, 3), "alpha": 0.6, "beta": -0.3},
     "words of which many are unknown": {"model": WordNGram.train(["a ba a", "ba"], 2), "alpha": 1.0},
+    "words and blanks": {"model": with_blanks_as_words(TEXTS, 4), "alpha": 0.8, "beta": 0.2},
+    "words and blanks, and a lexicon": {
+        "model": with_blanks_as_words(TEXTS, 3),
+        "lexicon": Lexicon(["a", "ba", "a'b"], unknown_price=0.5),
+    },
     "label bonus": {"beta": 0.8},
     "strict lexicon": {"lexicon": Lexicon(["a", "ba", "a'b", "bab"])},
     "open lexicon": {"lexicon": Lexicon(["a", "ba", "a'b"], unknown_price=1.5)},
@@ -560,6 +574,25 @@ class TestFusion:
         assert "".join("ab "[label] for label in found.labels) == "  a  b "
         assert (found.lm_score, found.lexicon_score) == (model.score("a b"), 0.0)
         assert found.word_spans.tolist() == [[2, 3], [5, 6]]
+
+    def test_blanks_that_are_words_count_once_and_only_behind_a_word(self):
+        model = with_blanks_as_words(["a b", "ba"], 3)
+        certain = np.full((1, 9, 4), -math.inf)
+        certain[0, np.arange(9), [2, 3, 2, 0, 2, 3, 2, 1, 3]] = 0.0  # "  a  b" over the classes a, b, space, blank
+        (found,) = beam_search(certain, characters="ab ", language_model=model)[0]
+        tokens = {token: number for number, token in enumerate(model.vocabulary)}
+        assert model.encode("  a  b").tolist() == [tokens["a"], tokens[" "], tokens["b"]]
+        assert model.encode("a ").tolist() == [tokens["a"], tokens[" "]]
+        assert found.lm_score == model.score("  a  b") == model.score("a b")
+
+    def test_positive_backoff_weights_of_a_model_with_blanks_do_not_mislead_the_pruning(self):
+        arpa = ["\\data\\", "ngram 1=6", "ngram 2=2", "", "\\1-grams:", "-9 <s> 2", "-2 </s>", "-2 aa 3"]
+        arpa += ["-2 b", "-5 <unk>", "-1 <space> 2.5", "", "\\2-grams:", "-1 aa b", "-1 <space> aa", "", "\\end\\"]
+        language = Language("ab ", 3, WordNGram.from_arpa(arpa), alpha=2.0)
+        for seed in range(10):
+            frames = random_log_probs(seed, 12, 4)
+            (found,) = search_under(language, frames[None], 3, beam_width=4, top_paths=4)
+            assert_same_hypotheses(found, textbook_search(frames, 3, 4, language), language)
 
     def test_nothing_that_a_strict_lexicon_allows_gives_the_empty_text_of_probability_zero(self):
         certain = logs([1.0, 0.0, 0.0])

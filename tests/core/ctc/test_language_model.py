@@ -571,12 +571,25 @@ def test_weights_of_single_tokens_that_nothing_follows_are_left_out():
     assert log10_score(CharacterNGram.from_arpa(lines), "a?") == pytest.approx(-0.3 - 1 - 0.5)
 
 
-def test_blank_among_the_words_of_a_word_model_is_refused():
+def test_character_model_is_no_word_model():
     lines = ["\\data\\", "ngram 1=2", r"\1-grams:", "-1 <space>", "-0.5 a", "\\end\\"]
-    with pytest.raises(
-        ValueError, match=r"\['<space>'\] among the 1-grams.*no blank, which word models of PyLaia have"
-    ):
+    with pytest.raises(ValueError, match=r"\['<space>'\] among the 1-grams.*not single characters alone"):
         WordNGram.from_arpa(lines)
+
+
+def test_word_model_with_the_blank_as_a_word_scores_it_behind_each_word_but_the_last(tmp_path):
+    texts = ["the cat sat", "the cat", "a cat sat on the mat", "sat"]
+    spaced = WordNGram.train([text.replace(" ", " ▁ ") for text in texts], 3)
+    spaced.to_arpa(tmp_path / "spaced.arpa")
+    model = WordNGram.from_arpa(tmp_path / "spaced.arpa", space_token="▁")
+    assert model.vocabulary[3] == " "
+    for text in (*texts, "cat the unknown", ""):
+        assert model.score(text) == pytest.approx(spaced.score(text.replace(" ", " ▁ ")), rel=1e-6)
+    model.to_arpa(tmp_path / "again.arpa", space_token="▁")
+    assert WordNGram.from_arpa(tmp_path / "again.arpa", space_token="▁").score("the mat") == model.score("the mat")
+    model.save(tmp_path / "model.npz")
+    restored = WordNGram.load(tmp_path / "model.npz")
+    assert (restored.space_token, restored.score("the mat")) == (3, model.score("the mat"))
 
 
 def test_packed_arpa_is_written_as_it_is_read(tmp_path):

@@ -366,8 +366,14 @@ def _language(
         )
         max_gain = alpha * language_model.max_log_prob
     if isinstance(language_model, WordNGram):
-        words = Words(language_model.trie, language_model.start_state, language_model.spelling(classes), kind)
-        max_word_gain += max(alpha * language_model.max_log_prob, 0.0)
+        words = Words(
+            language_model.trie,
+            language_model.start_state,
+            language_model.spelling(classes),
+            kind,
+            language_model.space_token,
+        )
+        max_word_gain += 2 * max(alpha * language_model.max_log_prob, 0.0)  # a word, and the space behind it
     if lexicon is not None:
         entries = Entries(*lexicon.for_classes(classes), kind)
         max_word_gain += lexicon.max_score()

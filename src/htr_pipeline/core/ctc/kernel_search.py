@@ -57,6 +57,7 @@ class Words(NamedTuple):
     start_state: int
     spelling: np.ndarray  # (N,) lexicon.SPELLING
     kind: np.ndarray  # (K,) int8: OTHER, LETTER or SPACE
+    space_token: int  # of a model to which the space behind a word is a token; -1 where spaces only part words
 
 
 class Entries(NamedTuple):
@@ -83,13 +84,14 @@ _PREFIX = np.dtype(
         ("lm_score", np.float64),  # of the characters, or of the complete words
         ("lexicon_score", np.float64),  # of the complete words
         ("word_log_prob", np.float64),  # of its last word, if that ended here; NaN until somebody asks
+        ("space_log_prob", np.float64),  # of the space behind it, where that is a token
         ("node", np.int32),  # its node in the trie
         ("parent", np.int32),  # as in the trie
         ("label", np.int32),  # as in the trie
         ("length", np.int32),  # number of labels
         ("lm_state", np.int32),  # after the last character or complete word
         ("word", np.int32),  # node in the spelling of the vocabulary: 0 between words, -1 off the trie
-        ("word_state", np.int32),  # the state if the last word ended here
+        ("word_state", np.int32),  # the state if the last word ended here and a space followed
         ("entry", np.int32),  # place in the lexicon, see _look_up
         ("first_child", np.int32),  # place in the beam of a prefix that is one label longer, or -1
         ("sibling", np.int32),  # place of the next one of the same parent, or -1
@@ -280,14 +282,21 @@ def _new_row(rows, characters, state):
 
 
 @_helper
+def _last_word(words, prefix):
+    """Log-probability of the last word of a prefix, and the state after it."""
+    if prefix.word == 0:  # there is no word between two spaces
+        return 0.0, prefix.lm_state
+    return advance(words.trie, prefix.lm_state, words.spelling[prefix.word].word if prefix.word > 0 else UNKNOWN)
+
+
+@_helper
 def _end_word(words, prefix):
-    """Asks for the last word of a prefix, unless that was done before."""
+    """Asks for the last word of a prefix and the space behind it, unless that was done before."""
     if np.isnan(prefix.word_log_prob):
-        if prefix.word == 0:  # there is no word between two spaces
-            prefix.word_log_prob, prefix.word_state = 0.0, prefix.lm_state
-        else:
-            token = words.spelling[prefix.word].word if prefix.word > 0 else UNKNOWN
-            prefix.word_log_prob, prefix.word_state = advance(words.trie, prefix.lm_state, token)
+        prefix.word_log_prob, prefix.word_state = _last_word(words, prefix)
+        prefix.space_log_prob = 0.0
+        if words.space_token >= 0 and prefix.word != 0:
+            prefix.space_log_prob, prefix.word_state = advance(words.trie, prefix.word_state, words.space_token)
 
 
 @_helper
@@ -460,6 +469,7 @@ def _grow(
                 if words.kind[label] == SPACE:
                     _end_word(words, old)
                     lm_score += old.word_log_prob
+                    lm_score += old.space_log_prob
             if lexicon is not None:
                 bound = ctc_score + (alpha * lm_score + beta * (old.length + 1) + lexicon_score) + max_word_gain
                 if bound < needed:
@@ -535,6 +545,7 @@ def _settle(
             new.word, new.word_log_prob = 0, np.nan
             if words.kind[label] == SPACE:
                 new.lm_score += old.word_log_prob
+                new.lm_score += old.space_log_prob
                 new.lm_state = old.word_state
             else:
                 child = child_of(words.spelling, old.word, label) if old.word >= 0 else 0
@@ -559,9 +570,9 @@ def _end(weights, characters, words, lexicon, beam, size, ranking, candidate):
         if characters is not None:
             found.lm_score += advance(characters.trie, found.lm_state, END)[0]
         if words is not None:
-            _end_word(words, found)
-            found.lm_score += found.word_log_prob
-            found.lm_score += advance(words.trie, found.word_state, END)[0]
+            log_prob, state = _last_word(words, found)
+            found.lm_score += log_prob
+            found.lm_score += advance(words.trie, state, END)[0]
         if lexicon is not None:
             found.lexicon_score += _end_entry(lexicon, found.entry)
         found.prior = weights.alpha * found.lm_score + weights.beta * found.length + found.lexicon_score

@@ -168,7 +168,10 @@ class _NGram(abc.ABC):
 
     def encode(self, text: str) -> np.ndarray:
         """(number of tokens,) int32: the tokens of a text, without <s> and </s>; UNKNOWN where the model lacks one."""
-        return np.array([self._index.get(token, UNKNOWN) for token in self._split(text)], dtype=np.int32)
+        return self._encoded(self._split(text))
+
+    def _encoded(self, tokens: Iterable[str]) -> np.ndarray:
+        return np.array([self._index.get(token, UNKNOWN) for token in tokens], dtype=np.int32)
 
     def score(self, text: str) -> float:
         """Natural log of the probability of the text and its end, given its beginning."""
@@ -242,10 +245,11 @@ class _NGram(abc.ABC):
 
         Args:
             source: a path (.gz is unpacked), an open text file, or lines.
-            space_token: how a character model writes the blank: <space> as PyLaia does, ▁ and | are other habits.
+            space_token: how the file writes the blank: <space> as PyLaia does, ▁ and | are other habits.
 
         Raises:
-            ValueError: the file is malformed; says where. Its header is only compared, never used to reserve memory.
+            ValueError: the file is malformed; says where. Its header is only compared, never used to reserve memory. Or
+                its model is of the other kind.
         """
         with contextlib.ExitStack() as stack:
             lines: Iterable[str] = source  # type: ignore[assignment]
@@ -261,11 +265,13 @@ class _NGram(abc.ABC):
                 raise ValueError(f"{name}, after line {arpa.line_number}: cannot be read as UTF-8 text: {exc}") from exc
         names = [cls._token_of_name(token, space_token) for token in arpa.names]
         wrong = [name for name, token in zip(arpa.names, names, strict=True) if token is None]
+        if cls is WordNGram and all(len(token or "") == 1 or token in _SPECIAL for token in names):
+            wrong = [name for name, token in zip(arpa.names, names, strict=True) if token == " "]
         if wrong:
             raise ValueError(
                 f"{name}: {wrong[:5]} among the 1-grams cannot be tokens of a {cls.kind} model. A character model "
                 f"has single characters, and space_token = {space_token!r} for the blank. A word model has what stands "
-                "between blanks, punctuation included: no blank, which word models of PyLaia have."
+                "between blanks, punctuation included, and perhaps the blank: not single characters alone."
             )
         vocabulary = (*_SPECIAL, *sorted(set(filter(None, names)).difference(_SPECIAL)))
         index = {token: number for number, token in enumerate(vocabulary)}
@@ -281,7 +287,7 @@ class _NGram(abc.ABC):
 
         Args:
             file: a path (.gz is packed), or a text file open for writing.
-            space_token: what to write for the blank of a character model.
+            space_token: what to write for the blank, where it is a token.
 
         Raises:
             ValueError: a token cannot be written: it has white space, or is equal to space_token.
@@ -331,12 +337,12 @@ class _NGram(abc.ABC):
     @classmethod
     def _token_of_name(cls, name: str, space_token: str) -> str | None:
         """The token that an ARPA file means, or None."""
-        name = "<unk>" if name == "<UNK>" else name
+        name = {"<UNK>": "<unk>", space_token: " "}.get(name, name)
         return name if name in _SPECIAL or cls._is_token(name) else None
 
     @staticmethod
     def _name_of_token(token: str, space_token: str) -> str:
-        return token
+        return space_token if token == " " else token
 
 
 class CharacterNGram(_NGram):
@@ -364,14 +370,6 @@ class CharacterNGram(_NGram):
     def _is_token(token: str) -> bool:
         return len(token) == 1
 
-    @classmethod
-    def _token_of_name(cls, name: str, space_token: str) -> str | None:
-        return " " if name == space_token else super()._token_of_name(name, space_token)
-
-    @staticmethod
-    def _name_of_token(token: str, space_token: str) -> str:
-        return space_token if token == " " else token
-
 
 class WordNGram(_NGram):
     """A model of the words of a line: what stands between white space, with its case and punctuation.
@@ -379,10 +377,20 @@ class WordNGram(_NGram):
     Punctuation stays attached because the blank is the only sign at which a beam search knows that a word is complete;
     so the score of a line is the probability of exactly that line, and models made by others from texts that were only
     split at white space, of any kind, fit as they are. The price is that "word" and "word," are learnt apart.
+
+    In models that PyLaia's users make, the blank between two words is a token too. A model read from such a file has
+    the token " ", which stands for the white space behind a word.
+
+    Attributes:
+        space_token: the number of that token, or -1.
     """
 
     kind = "word"
     _spelling: tuple[tuple[str, ...], np.ndarray] | None = None
+
+    @property
+    def space_token(self) -> int:  # noqa: D102
+        return self._index.get(" ", -1)
 
     @classmethod
     def train(cls, texts: Iterable[str], order: int = 3) -> Self:  # noqa: D102
@@ -395,8 +403,16 @@ class WordNGram(_NGram):
             classes: the character of each class, "" for the blank of CTC. Words with other characters are left out.
         """
         if self._spelling is None or self._spelling[0] != classes:
-            self._spelling = (classes, spelling_trie(["", "", "", *self.vocabulary[len(_SPECIAL) :]], classes))
+            unwritten = {*_SPECIAL, " "}
+            words = ["" if token in unwritten else token for token in self.vocabulary]
+            self._spelling = (classes, spelling_trie(words, classes))
         return self._spelling[1]
+
+    def encode(self, text: str) -> np.ndarray:  # noqa: D102
+        if self.space_token < 0:
+            return super().encode(text)
+        words = re.findall(r"(\S+)(\s*)", text)
+        return self._encoded([token for word, space in words for token in ([word, " "] if space else [word])])
 
     @staticmethod
     def _split(text: str) -> Sequence[str]:
@@ -405,10 +421,6 @@ class WordNGram(_NGram):
     @staticmethod
     def _is_token(token: str) -> bool:
         return len(token) > 0 and token not in _SPECIAL
-
-    @classmethod
-    def _token_of_name(cls, name: str, space_token: str) -> str | None:
-        return None if name == space_token else super()._token_of_name(name, space_token)
 
 
 def load_language_model(file: File, *, size_limit: int = 2 << 30) -> CharacterNGram | WordNGram:
