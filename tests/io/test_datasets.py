@@ -1,4 +1,5 @@
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -186,6 +187,29 @@ def test_checkpoint_of_another_training_is_not_taken_up(tmp_path):
     FileCheckpoints(path, "one").save({"a": np.ones(2)}, {"step": 1})
     assert FileCheckpoints(path, "other").load() is None
     assert FileCheckpoints(path, "one").load() is not None
+
+
+def test_checkpoint_of_another_training_is_put_aside_and_taken_up_again(tmp_path, caplog):
+    path = tmp_path / "checkpoint.npz"
+    settings = {"training.epochs": 10, "data": "a" * 64, "model.size": "S"}
+    one = FileCheckpoints(path, "one", settings)
+    one.save({}, {"step": 1})
+    other = FileCheckpoints(path, "other", settings | {"training.epochs": 12, "data": "b" * 64})
+    assert other.load() is None
+    assert "not completed (another data; training.epochs = 10, now 12). This one begins anew" in caplog.text
+    other.save({}, {"step": 5})
+    other.save({}, {"step": 6})
+    assert len(names(tmp_path)) == 2
+    assert re.search(r"kept as (checkpoint-\w{8}\.npz)", caplog.text)[1] in names(tmp_path)
+    again = FileCheckpoints(path, "one", settings)
+    assert again.load() == ({}, {"step": 1})
+    again.save({}, {"step": 2})
+    assert again.load() == ({}, {"step": 2})
+    assert FileCheckpoints(path, "other").load() == ({}, {"step": 6})
+    again.clear()
+    assert FileCheckpoints(path, "other").load() == ({}, {"step": 6})
+    FileCheckpoints(path, "other").clear()
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["checkpoint.npz", "checkpoint"])

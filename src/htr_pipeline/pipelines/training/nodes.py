@@ -170,10 +170,16 @@ def train(
         logger.info("Each batch of %d lines is shared by %d devices.", training.batch_size, distribution.num_replicas)
     classes = Charset.from_json(charset)
     start = StartingPoint.find(training.start_from) if training.start_from else None
-    settings = [feature_stats["data_hash"], charset, asdict(model), asdict(augmentation)]
-    # The content of the network to start from, not its name: an alias may point to another one by and by.
-    settings += [asdict(replace(training, start_from=None)), start.content_hash() if start else None]
-    settings += [version(package) for package in ("htr-pipeline", "keras", "numpy")]
+    settings = {
+        "data": feature_stats["data_hash"],
+        "charset": hashlib.sha256(charset.encode()).hexdigest(),
+        # Its content, not its name: an alias may point to another one by and by.
+        "network to start from": start.content_hash() if start else None,
+        **{f"version of {package}": version(package) for package in ("htr-pipeline", "keras", "numpy")},
+    }
+    blocks = {"model": model, "augmentation": augmentation, "training": replace(training, start_from=None)}
+    for block, values in blocks.items():
+        settings |= {f"{block}.{name}": value for name, value in asdict(values).items()}
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     distribution.require_equal(
         fingerprint,
@@ -203,7 +209,7 @@ def train(
             classes,
             augmentation=augmentation,
             config=training,
-            checkpoints=FileCheckpoints(Path(checkpoint.path), fingerprint),
+            checkpoints=FileCheckpoints(Path(checkpoint.path), fingerprint, settings),
             progress=progress,
             distribution=distribution,
         )
