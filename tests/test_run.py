@@ -357,6 +357,13 @@ def test_second_run_on_the_same_data_gives_the_same_network_and_leaves_the_champ
     assert [run.info.status for run in mlflow_runs(project)] == ["FINISHED", "FINISHED"]
 
 
+def test_a_model_is_not_registered_with_other_settings_of_lines_than_it_was_measured_with(project):
+    done = kedro_run(project, "--pipelines", "registration", "--params", "features.binarise=true")
+    assert done.returncode == 1
+    assert "made with other settings of features than this run has: binarise = False, here True" in done.stderr
+    assert len(client(project).search_model_versions("name = 'htr'")) == 1
+
+
 def test_a_network_that_was_not_measured_is_not_registered_with_figures_of_another(project):
     succeed(project, "--pipelines", "training", "--params", "training.epochs=1,training.seed=2")
     done = kedro_run(project, "--pipelines", "registration")
@@ -599,6 +606,7 @@ def test_the_finetune_environment_starts_from_the_network_of_the_package(project
     names = [name for name in starter if "lstm" in name]
     assert len(names) == 2 * 2 * 3  # layers, directions, arrays of each
     assert all(np.array_equal(trained[name], starter[name]) for name in names)
+    assert "made with other settings of features (height_pixels = 64, here 32" in done.stdout + done.stderr
 
 
 # --- exports ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from htr_pipeline.core.batching import Line
 from htr_pipeline.core.config import UserError
-from htr_pipeline.core.image import ImageConfig, normalise_line
+from htr_pipeline.core.image import ImageConfig, differing_settings, normalise_line, pixel_settings
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.recipe import DecodingConfig, ModelConfig
 from htr_pipeline.core.synthesis import Font, draw_style, render_line
@@ -85,6 +85,8 @@ def test_starter_reads_a_rendered_line_normalised_by_the_default_settings(starte
 
     text, font = "la maison de ma mère est dans la rue", Font("kalam", (fontpkg.path("kalam", 400),))
     pixels, model = ImageConfig(), starter.model()
+    assert differing_settings(starter.feature_settings(), pixel_settings(pixels)) == []
+    assert "deslant" in starter.feature_settings()
     assert model.inputs[0].shape[-1] == pixels.height_pixels
     lines = []
     for seed in range(4):

@@ -1,12 +1,15 @@
 """Charset, language model and lexicon as the training pipeline makes them; the network: tests/core and test_run."""
 
+import json
 import re
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
+from htr_pipeline.core.image import ImageConfig, pixel_settings
 from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset, visual_text
 from htr_pipeline.io.datasets import LanguageModel
@@ -139,18 +142,29 @@ def test_a_start_that_is_not_there_is_named(tmp_path, monkeypatch, place):
         characters(start_from=place)
 
 
-def test_a_start_from_lines_of_another_height_is_warned_of(tmp_path, caplog):
+def test_a_start_from_lines_made_in_another_way_is_warned_of(tmp_path, caplog):
     pytest.importorskip("keras")
-    stats = {"height_pixels": 32, "width_pixels": {"median": 300}}
+    made = pixel_settings(ImageConfig(height_pixels=32))
+    stats = {"height_pixels": 32, "width_pixels": {"median": 300}, "settings": made}
     charset, small = Charset("ab"), ModelConfig(size="XS")
     build_network(small, TrainingConfig(), charset, stats, None).save(tmp_path / "model.keras")
     (tmp_path / "charset.json").write_text(charset.to_json(), encoding="utf-8")
     training, start = TrainingConfig(start_from=str(tmp_path)), StartingPoint.find(str(tmp_path))
     build_network(small, training, charset, stats, start)
-    assert "pixels high, these are" not in caplog.text
-    build_network(small, training, charset, stats | {"height_pixels": 48}, start)
-    assert "was trained on lines 32 pixels high, these are 48" in caplog.text
-    assert "Set features.height_pixels to 32" in caplog.text
+    assert "other settings of features" not in caplog.text
+    higher = stats | {"height_pixels": 48, "settings": made | {"height_pixels": 48}}
+    build_network(small, training, charset, higher, start)
+    assert "trained on lines that were made with other settings of features (height_pixels = 32, here 48" in caplog.text
+    leaning = made | {"deslant": False, "opencv": "1.0"}
+    (tmp_path / "settings.json").write_text(json.dumps({"features": leaning}), encoding="utf-8")
+    build_network(small, training, charset, stats, start)
+    assert "(deslant = False, here True): it knows strokes" in caplog.text
+    (tmp_path / "settings.json").unlink()
+    history = pa.table({"epoch": [1]}).replace_schema_metadata({"feature_settings": json.dumps(leaning)})
+    pq.write_table(history, tmp_path / "history.parquet")
+    caplog.clear()
+    build_network(small, training, charset, stats, start)
+    assert "(deslant = False, here True): it knows strokes" in caplog.text
 
 
 @pytest.mark.parametrize("num_epochs", [1, 40])

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -224,11 +225,23 @@ def num_frames(width_pixels: Any) -> Any:
     return -(-width_pixels // DOWNSAMPLING)
 
 
-def signature(config: ImageConfig) -> str:
-    """What the pixels of a line depend on beside its image, as JSON: settings, and the libraries that compute them."""
+def pixel_settings(config: ImageConfig) -> dict[str, Any]:
+    """The settings that the pixels of a line depend on, by name."""
     settings = asdict(config)
     for name in ("shard_lines", "num_workers", "dask_address"):  # how lines are stored and by whom they are made
         del settings[name]
+    return settings
+
+
+def differing_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Words for each of pixel_settings that both have and that differs; other entries are not looked at."""
+    names = pixel_settings(ImageConfig()).keys() & theirs.keys() & ours.keys()
+    return [f"{name} = {theirs[name]}, here {ours[name]}" for name in sorted(names) if theirs[name] != ours[name]]
+
+
+def signature(config: ImageConfig) -> str:
+    """What the pixels of a line depend on beside its image, as JSON: settings, and the libraries that compute them."""
+    settings = pixel_settings(config)
     versions = {"normalisation": _NORMALISATION_VERSION, "opencv": cv2.__version__, "pillow": PIL.__version__}
     return json.dumps(settings | versions, sort_keys=True)
 

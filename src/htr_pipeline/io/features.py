@@ -204,6 +204,14 @@ class FeatureShards:
         tables = [pq.read_table(path, columns=_FIGURES, partitioning=None) for path in paths]
         return pa.concat_tables(tables) if tables else FEATURES.empty_table().select(_FIGURES)
 
+    def settings(self) -> dict[str, Any]:
+        """What core.image.signature says of the shards: the settings and versions that their pixels were made with."""
+        for split in SPLITS:
+            for path in self._paths(split):
+                settings: dict[str, Any] = json.loads(pq.read_schema(path).metadata[b"normalisation"])
+                return settings
+        return {}
+
     def num_bytes(self) -> int:
         """Size of all shards."""
         return sum(path.stat().st_size for split in SPLITS for path in self._paths(split))

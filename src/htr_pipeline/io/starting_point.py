@@ -1,9 +1,13 @@
 """The trained network that fine-tuning starts from: in a folder, in the MLflow Model Registry, or in this package."""
 
+import contextlib
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 import htr_pipeline
 from htr_pipeline.core.config import UserError
@@ -17,7 +21,7 @@ STARTER_FOLDER = Path(htr_pipeline.__file__).parent / "starter"
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Two files.
+    """Two files, and beside them perhaps what says how the lines were made that the network was trained on.
 
     Attributes:
         name: where they were found: as it was given, but for an alias of the registry, in whose place is the version.
@@ -77,6 +81,17 @@ class StartingPoint:
             return Charset.from_json(self.charset_path.read_text(encoding="utf-8"))
         except (ValueError, KeyError, TypeError) as exc:
             raise UserError(f"{self.charset_path}: this is no charset: {exc!r}.") from None
+
+    def feature_settings(self) -> dict[str, Any]:
+        """The settings of features that its lines were made with; empty where nothing tells them."""
+        folder = self.model_path.parent
+        settings, history = folder / "settings.json", folder / "history.parquet"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # files of others beside the two
+            if settings.is_file():  # of registered models and of the starter
+                return dict(json.loads(settings.read_text(encoding="utf-8"))["features"])
+            if history.is_file():
+                return dict(json.loads((pq.read_schema(history).metadata or {})[b"feature_settings"]))
+        return {}
 
     def content_hash(self) -> str:
         """Hash of both files."""

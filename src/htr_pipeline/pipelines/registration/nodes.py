@@ -18,7 +18,7 @@ from PIL import Image
 
 import htr_pipeline
 from htr_pipeline.core.config import UserError, config, setting
-from htr_pipeline.core.image import ImageConfig
+from htr_pipeline.core.image import ImageConfig, differing_settings, pixel_settings
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.io.features import FeatureShards, line_images
@@ -75,6 +75,12 @@ def register_model(
         raise UserError(
             "The metrics were measured with another network than the one to be registered, which was trained since. "
             "Measure this one first: kedro run --from-nodes read_lines"
+        )
+    if different := differing_settings(features.settings(), pixel_settings(image)):
+        raise UserError(
+            f"The lines on disk were made with other settings of features than this run has: {'; '.join(different)}. "
+            "The model would read new lines in another way than it was measured. Give the settings of then, or begin "
+            "with the lines: kedro run --from-nodes extract_features"
         )
     decoding = DecodingConfig(**tuned_decoding)
     headline = metrics["headline"]

@@ -24,6 +24,7 @@ from htr_pipeline.core.batching import Line
 from htr_pipeline.core.collapse import READING_CER
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.ctc.lexicon import bare_word
+from htr_pipeline.core.image import differing_settings
 from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset, visual_text
 from htr_pipeline.io.checkpoints import FileCheckpoints
@@ -239,6 +240,7 @@ def train(
         "fingerprint": fingerprint,
         "model_hash": weights_hash(trained.model),
         "best_cer": repr(trained.best_cer),
+        "feature_settings": json.dumps(feature_stats["settings"]),
         "num_validation_lines": str(len(validation_lines)),
     }
     return trained.model, to_table(trained.history, HISTORY, metadata)
@@ -258,11 +260,11 @@ def build_network(
     if start:
         trained = start.model()
         copy_weights(trained, start.charset(), network, charset)
-        known, height = trained.inputs[0].shape[-1], feature_stats["height_pixels"]
-        if known != height:
+        theirs = start.feature_settings() | {"height_pixels": trained.inputs[0].shape[-1]}
+        if different := differing_settings(theirs, feature_stats["settings"]):
             logger.warning(
-                "%r was trained on lines %d pixels high, these are %d: it knows strokes of another size. "
-                "Set features.height_pixels to %d.", training.start_from, known, height, known
+                "%r was trained on lines that were made with other settings of features (%s): it knows strokes of "
+                "another kind. Set them as it had them.", training.start_from, "; ".join(different)
             )  # fmt: skip
     width = feature_stats["width_pixels"]["median"]
     logger.info(
