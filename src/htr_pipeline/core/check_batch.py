@@ -12,7 +12,7 @@ from htr_pipeline.core.collapse import CollapseMonitor
 from htr_pipeline.core.model import FusedBatchNorm
 from htr_pipeline.core.recipe import TrainingConfig
 from htr_pipeline.core.text import Charset
-from htr_pipeline.core.training import Trainer
+from htr_pipeline.core.training import Trainer, in_words
 
 # By heart: nearly every character, in the mode of training and in that of reading.
 _LEARNT_CER = 0.05
@@ -71,7 +71,7 @@ def check_batch(
             on_step(steps, cer)
         verdict = monitor.observe(step.figures) or verdict
         if verdict and verdict.failed:
-            return BatchCheck(False, f"{len(lines)} lines were not learnt by heart: {verdict.sentence}")
+            return BatchCheck(False, f"{len(lines)} lines were not learnt by heart: {in_words(verdict, config)}")
         if cer <= _LEARNT_CER and trainer.validate(lines)[1].cer <= _LEARNT_CER:
             seconds = time.monotonic() - started
             return BatchCheck(

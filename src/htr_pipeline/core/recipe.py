@@ -56,6 +56,14 @@ def learning_rate(done: float, config: TrainingConfig) -> float:
     return config.learning_rate * max(1.0 - falling, 0.01)
 
 
+def unusual_rate(config: TrainingConfig) -> str:
+    """A sentence about a peak rate that is far from the default, or nothing."""
+    default = TrainingConfig().learning_rate
+    if default / 10 <= config.learning_rate <= default * 3:
+        return ""
+    return f" training.learning_rate is {config.learning_rate:g}; the default is {default:g}."
+
+
 # Best path; prefix beam search; the same with what is known of the language.
 DECODERS = ("greedy", "beam", "beam_lm")
 

@@ -23,7 +23,7 @@ from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.model import FrameLength, chosen_precision, set_precision
 from htr_pipeline.core.optimizer import Muon
-from htr_pipeline.core.recipe import TrainingConfig, learning_rate
+from htr_pipeline.core.recipe import TrainingConfig, learning_rate, unusual_rate
 from htr_pipeline.core.text import Charset, required_frames
 
 # The loss is compiled once for each shape: frames are padded to a multiple of this for it.
@@ -215,7 +215,7 @@ def train_network(
                 _name_unfit_lines(state, step.figures.unfit, progress)
             told, verdict = monitor.kind or "learning", monitor.observe(step.figures)
             if verdict and verdict.kind != told:
-                progress.notice(f"Step {state.step}: {verdict.sentence}", warning=verdict.failed)
+                progress.notice(f"Step {state.step}: {in_words(verdict, config)}", warning=verdict.failed)
             if verdict and verdict.failed and config.on_collapse != "warn":
                 _go_back(state, verdict, config, progress)
                 trainer.restart(best if state.best_cer < READING_CER else initial)
@@ -531,10 +531,15 @@ def _name_unfit_lines(state: TrainingState, unfit: list[str], progress: Progress
         )
 
 
+def in_words(verdict: Verdict, config: TrainingConfig) -> str:
+    """What the verdict says, and whether the learning rate may be why."""
+    return verdict.sentence + (unusual_rate(config) if verdict.rate_may_help else "")
+
+
 def _go_back(state: TrainingState, verdict: Verdict, config: TrainingConfig, progress: Progress) -> None:
     """Lowers the rate, or raises where that is not wanted or does not help."""
     if config.on_collapse == "stop":
-        raise UserError(f"Step {state.step}: {verdict.sentence} (training.on_collapse is stop.)")
+        raise UserError(f"Step {state.step}: {in_words(verdict, config)} (training.on_collapse is stop.)")
     if not verdict.rate_may_help or state.returns >= _MOST_RETURNS:
         tried = f" The rate was lowered {state.returns} times." if state.returns else ""
         raise UserError(f"Step {state.step}: {verdict.sentence} A lower learning rate does not help here.{tried}")
