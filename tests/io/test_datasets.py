@@ -231,7 +231,7 @@ def test_damaged_file_is_named(tmp_path, kind, num_bytes):
     rows = [{"line_id": f"{index}", "file": "f", "stage": "s", "reason": "r", "detail": "d"} for index in range(50)]
     kind(str(path)).save(to_table(rows, REJECTED_LINES) if kind is ParquetTable else rows)
     path.write_bytes(path.read_bytes()[:num_bytes])
-    with pytest.raises(DatasetError, match=r"table: the file is damaged \(.*Remove it; `kedro run --only-missing"):
+    with pytest.raises(DatasetError, match=r"table: cannot be read \(.*remove it: `kedro run --only-missing"):
         kind(str(path)).load()
 
 
