@@ -37,8 +37,8 @@ class _FileDataset(AbstractDataset):
 
     def _damaged(self, exc: Exception) -> UserError:
         return UserError(
-            f"{self._filepath}: cannot be read ({exc}). If it is damaged, remove it: `kedro run --only-missing-outputs` "
-            "makes it again."
+            f"{self._filepath}: cannot be read ({exc}). If it is damaged, remove it: "
+            "`kedro run --only-missing-outputs` makes it again."
         )
 
 
