@@ -16,7 +16,8 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.parse import urlparse
+from urllib.request import Request, url2pathname, urlopen
 
 import h5py
 import nbformat
@@ -376,12 +377,48 @@ def test_a_network_that_was_not_measured_is_not_registered_with_figures_of_anoth
     assert "kedro run --env test --from-nodes read_lines --params training.epochs=1" in page
 
 
+def new_champion(project, name, change):
+    """Makes a copy of version 1 the champion, one artifact of it changed, and without tags."""
+    store = client(project)
+    source = Path(url2pathname(urlparse(store.get_model_version_download_uri("htr", "1")).path))
+    copy = Path(shutil.copytree(source, project / f"changed {name}"))
+    path = copy / "artifacts" / name
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+    number = store.create_model_version("htr", source=copy.as_uri()).version
+    store.set_registered_model_alias("htr", "champion", number)
+
+
+def test_a_champion_that_has_learnt_the_test_lines_is_not_compared_with(project):
+    features = pd.read_parquet(project / "data/04_feature/features/split=test", partitioning=None)
+    hashes = features["content_hash"].str[:16].tolist()
+    new_champion(project, "provenance.json", lambda text: json.dumps(json.loads(text) | {"learnt_lines": hashes[:3]}))
+    output = succeed(project, "--pipeline", "registration")
+    assert f"version 2 stays champion, but was trained on 3 of the {len(hashes)} test lines" in output
+    assert read_json(catalog(project)["registration"])["champion_version"] == "2"
+    # A manifest that is newer than the features has other lines than the new model was measured on.
+    succeed(project, "--pipeline", "data_validation", "--params", "demo.test_lines_per_writer=3")
+    done = kedro_run(project, "--pipeline", "registration")
+    assert done.returncode == 1
+    assert "The test lines of the manifest are not those that the new model was measured on" in done.stderr
+
+
+def test_a_champion_that_cannot_read_is_not_compared_with(project):
+    def other_height(text):
+        settings = json.loads(text)
+        return json.dumps(settings | {"features": settings["features"] | {"height_pixels": 48}})
+
+    new_champion(project, "settings.json", other_height)
+    output = succeed(project, "--pipeline", "registration")
+    assert "version 2 stays champion, but could not read lines" in output
+    assert read_json(catalog(project)["registration"])["version"] == "3"
+
+
 def test_a_champion_that_cannot_be_loaded_stays_and_the_new_version_is_kept(project):
     store, paths = client(project), catalog(project)
     number = store.create_model_version("htr", source=(project / "nowhere").as_uri()).version
     store.set_registered_model_alias("htr", "champion", number)
     output = succeed(project, "--pipeline", "registration")
-    assert re.search(r"version 2 stays champion, but could not be loaded from .*nowhere", output)
+    assert re.search(r"version 2 stays champion, but could not read lines, from .*nowhere", output)
     assert "set_registered_model_alias('htr', 'champion', '3')" in output
     assert str(store.get_model_version_by_alias("htr", "champion").version) == "2"
     registration = read_json(paths["registration"])
@@ -541,7 +578,8 @@ def test_paths_of_settings_mean_the_projects_folder_wherever_the_run_is_started(
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_what_is_killed_after_the_training_does_not_train_again(project, sign):
     paths, checkpoint = catalog(project), project / "data/06_models/checkpoint.npz"
-    command = ("--from-nodes", "train_network", "--params", "training.epochs=2")
+    settings = "training.epochs=2,training.start_from=models:/htr@champion"
+    command = ("--from-nodes", "train_network", "--params", settings)
     old = mtimes(paths)["history"]
     with started_run(project, *command, until=lambda process: mtimes(paths)["history"] != old) as process:
         os.killpg(process.pid, sign)
@@ -550,8 +588,11 @@ def test_what_is_killed_after_the_training_does_not_train_again(project, sign):
     trained, killed_run = weights(paths["model"]), read_json(project / "data/.mlflow_run.json")["run_id"]
     status = mlflow_runs(project)[0].info.status
     assert status == ("KILLED" if sign == signal.SIGINT else "RUNNING")
+    # As if the run had been killed behind its registration: the alias leads to another network now.
+    new_champion(project, "charset.json", lambda text: text + "\n")
 
     output = succeed(project, *command)
+    assert "models:/htr@champion is models:/htr/1." in output
     assert f"Going on in the MLflow run {killed_run}" in output
     assert "Epoch 1:" not in output
     assert "Best validation CER" in output

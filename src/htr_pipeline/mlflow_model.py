@@ -90,6 +90,7 @@ class LineReader(mlflow.pyfunc.PythonModel):
             decoder: {level: Calibration(**fitted) for level, fitted in levels.items()}
             for decoder, levels in settings["calibration"].items()
         }
+        self.provenance = json.loads(files["provenance"].read_text(encoding="utf-8")) if "provenance" in files else {}
         network = keras.models.load_model(files["network"], compile=False, safe_mode=True)
         self._network = Network(network, charset, calibrations)
 
@@ -138,7 +139,7 @@ def _is_served() -> bool:
 
 def _images(model_input: pd.DataFrame | Mapping[str, Any] | Iterable[Any]) -> list[Any]:
     if isinstance(model_input, Mapping):  # of a request's "inputs", which has columns too
-        model_input = pd.DataFrame({name: list(column) for name, column in model_input.items()})
+        model_input = pd.DataFrame({name: np.atleast_1d(column) for name, column in model_input.items()})
     if not isinstance(model_input, pd.DataFrame):
         return list(model_input)
     if "image" in model_input:

@@ -13,14 +13,13 @@ from htr_pipeline.core.recipe import DecodingConfig, ModelConfig
 from htr_pipeline.core.synthesis import Font, draw_style, render_line
 from htr_pipeline.core.text import Charset
 from htr_pipeline.io import starting_point
-from htr_pipeline.io.starting_point import STARTER_FOLDER, StartingPoint
+from htr_pipeline.io.starting_point import STARTER_FOLDER, StartingPoint, charset_hash, make_provenance, num_learnt
 
 pytest.importorskip("keras")
+from htr_pipeline.core.model import build_model, weights_hash
 
 
 def saved(folder, charset, num_classes):
-    from htr_pipeline.core.model import build_model
-
     build_model(ModelConfig(size="XS"), num_classes, 32, seed=1).save(folder / "model.keras")
     (folder / "charset.json").write_text(charset, encoding="utf-8")
     return StartingPoint.find(str(folder))
@@ -33,6 +32,19 @@ def test_network_and_charset_of_a_folder_are_read(tmp_path):
     before = start.content_hash()
     (tmp_path / "charset.json").write_text(Charset("abd").to_json(), encoding="utf-8")
     assert start.content_hash() != before
+
+
+def test_provenance_holds_the_lines_of_all_networks_before(tmp_path):
+    start = saved(tmp_path, Charset("abc").to_json(), 4)
+    assert start.provenance() == {}
+    first = make_provenance("h", "{}", {}, ["1" * 64, "2" * 64], None)
+    (tmp_path / "provenance.json").write_text(json.dumps(first), encoding="utf-8")
+    second = make_provenance("i", "{}", {}, ["2" * 64, "3" * 64], start)
+    assert second["start_from"] == str(tmp_path)
+    assert num_learnt(second, [digit * 64 for digit in "1234"]) == 3
+    assert num_learnt({}, ["1" * 64]) == 0
+    (tmp_path / "provenance.json").write_text("no json", encoding="utf-8")
+    assert start.provenance() == {}
 
 
 def test_files_that_do_not_belong_together_are_named(tmp_path):
@@ -85,8 +97,10 @@ def test_starter_reads_a_rendered_line_normalised_by_the_default_settings(starte
 
     text, font = "la maison de ma mère est dans la rue", Font("kalam", (fontpkg.path("kalam", 400),))
     pixels, model = ImageConfig(), starter.model()
-    assert differing_settings(starter.feature_settings(), pixel_settings(pixels)) == []
-    assert "deslant" in starter.feature_settings()
+    provenance = starter.provenance()
+    assert differing_settings(provenance["feature_settings"], pixel_settings(pixels)) == []
+    assert provenance["charset_hash"] == charset_hash(starter.charset_path.read_text(encoding="utf-8"))
+    assert provenance["model_hash"] == weights_hash(model)
     assert model.inputs[0].shape[-1] == pixels.height_pixels
     lines = []
     for seed in range(4):

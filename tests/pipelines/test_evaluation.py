@@ -9,11 +9,14 @@ import pytest
 
 from htr_pipeline.core.batching import Line
 from htr_pipeline.core.calibration import Calibration
+from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.language_model import CharacterNGram
+from htr_pipeline.core.image import ImageConfig, pixel_settings
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.recipe import DECODERS, DecodingConfig, ModelConfig
 from htr_pipeline.core.text import Charset
 from htr_pipeline.io.manifest import FEATURES, PREDICTIONS, to_table
+from htr_pipeline.io.starting_point import make_provenance
 from htr_pipeline.pipelines.evaluation.nodes import (
     EvaluationConfig,
     calibrate_confidences,
@@ -32,6 +35,12 @@ class FewLines:
 
     def figures(self):
         return self._table.drop_columns(["pixels"])
+
+    def content_hashes(self, split):
+        return [row["content_hash"] for row in self._table.to_pylist() if row["split"] == split]
+
+    def settings(self):
+        return pixel_settings(ImageConfig(height_pixels=32))
 
     def data_hash(self, splits=()):
         return "-".join(splits)
@@ -70,7 +79,7 @@ def features(num_validation, num_test=6):
     return FewLines(feature_row(rng, split, number) for split, num in numbers.items() for number in range(num))
 
 
-def readings(num_validation, num_test):
+def readings(num_validation, num_test, num_writers=4):
     """An over-confident reader: a character of confidence c is right with probability c ** 3."""
     rng = np.random.default_rng(2)
     rows = []
@@ -86,7 +95,7 @@ def readings(num_validation, num_test):
                     {
                         "line_id": f"{split}-{number:03d}",
                         "split": split,
-                        "writer_id": f"{split}-writer-{number % 4}",
+                        "writer_id": f"{split}-writer-{number % num_writers}",
                         "decoder": decoder,
                         "reference": reference,
                         "hypothesis": hypothesis,
@@ -101,15 +110,24 @@ def readings(num_validation, num_test):
     return to_table(rows, PREDICTIONS, {"model_hash": "2d" * 32})
 
 
-def measure(predictions, before):
+def provenance_of(model, charset, **settings):
+    from htr_pipeline.core.model import weights_hash
+
+    return make_provenance(
+        weights_hash(model), charset, pixel_settings(ImageConfig(**{"height_pixels": 32} | settings)), [], None
+    )
+
+
+def measure(predictions, before, num_test=0, learnt=()):
     charset = Charset(LETTERS).to_json()
     tuned = asdict(DecodingConfig(alpha=0.5, beta=0.0))
     return measure_errors(
         predictions,
         before,
-        features(0, 0),
+        features(0, num_test),
         {"data_hash": "0f"},
         charset,
+        {"learnt_lines": learnt},
         tuned,
         EvaluationConfig(bootstrap_samples=100),
     )
@@ -130,12 +148,21 @@ def test_calibration_is_fitted_on_validation_lines_and_helps_on_test_lines():
     assert calibration == only_validation
 
 
-def test_interval_is_over_writers_and_of_one_writer_over_lines():
-    several = readings(40, 40)
+def test_lines_that_the_network_was_trained_on_are_counted_and_named(caplog):
+    table = readings(4, 6)
+    assert measure(table, table, 6)["learnt_lines"] == {"validation": 0, "test": 0}
+    assert "was trained on" not in caplog.text
+    assert measure(table, table, 6, ["test-1", "test-4", "train-1"])["learnt_lines"] == {"validation": 0, "test": 2}
+    assert "The network was trained on 2 of the test lines, itself or by the network that it started" in caplog.text
+
+
+def test_interval_is_over_writers_and_of_few_writers_over_lines():
+    several = readings(40, 40, num_writers=5)
+    four = readings(40, 40)
     one = several.filter(pc.match_substring(several["writer_id"], "writer-0"))
     index = several.schema.get_field_index("writer_id")
     unknown = several.set_column(index, several.schema.field("writer_id"), several["line_id"])
-    for predictions, unit in ((several, "writers"), (one, "lines"), (unknown, "lines")):
+    for predictions, unit in ((several, "writers"), (four, "lines"), (one, "lines"), (unknown, "lines")):
         score = measure(predictions, predictions)["splits"]["test"]["greedy"]
         assert score["interval_over"] == unit
         assert score["cer_low"] < score["cer"] < score["cer_high"]
@@ -190,10 +217,12 @@ def test_network_computes_every_line_once_and_every_decoder_reads_it(monkeypatch
 
     monkeypatch.setattr(Network, "log_probs", counted)
     charset = Charset(LETTERS)
+    model = build_model(ModelConfig(size="XS"), charset.num_classes, 32, seed=1)
     tuned, table = read_lines(
         features(5, 3),
-        build_model(ModelConfig(size="XS"), charset.num_classes, 32, seed=1),
+        model,
         charset.to_json(),
+        provenance_of(model, charset.to_json()),
         CharacterNGram.train(["abc def", "gh"], order=2),
         "abc\ndef\n",
         DecodingConfig(beam_width=3, lexicon="open", alpha=0.3, hot_words={"abc": 1.0, "Österreich": 2.0}),
@@ -204,3 +233,23 @@ def test_network_computes_every_line_once_and_every_decoder_reads_it(monkeypatch
     assert len(table) == 8 * len(DECODERS)
     assert (tuned["alpha"], tuned["lexicon"]) == (0.3, "open")
     assert isinstance(tuned["beta"], float)
+
+
+def test_network_is_not_read_with_what_belongs_to_another_one(caplog):
+    pytest.importorskip("keras")
+    from htr_pipeline.core.model import build_model
+
+    model, other = (build_model(ModelConfig(size="XS"), 10, 32, seed=seed) for seed in (1, 2))
+    charset = Charset(LETTERS).to_json()
+    language = CharacterNGram.train(["abc def", "gh"], order=2)
+
+    def read(provenance):
+        return read_lines(features(2, 1), model, charset, provenance, language, "", DecodingConfig(beam_width=2))
+
+    for wrong in (provenance_of(model, Charset("hgfedcba ").to_json()), provenance_of(other, charset)):
+        with pytest.raises(UserError, match=r"are of two trainings.*kedro run --from-nodes collect_charset"):
+            read(wrong)
+    with pytest.raises(UserError, match=r"height_pixels = 48, here 32\. It cannot read lines of another height"):
+        read(provenance_of(model, charset, height_pixels=48))
+    read(provenance_of(model, charset, binarise=True))
+    assert "other settings of features: binarise = True, here False. It reads these worse" in caplog.text

@@ -119,6 +119,7 @@ def rates(pairs):
         "wer_high": 1.25 * score.wer,
         "macro_cer": score.macro_cer,
         "line_accuracy": score.line_accuracy,
+        "interval_over": "writers",
         **counts,
     }
 
@@ -241,6 +242,7 @@ def make_inputs(
         "seen_groups": few(rates(by_seen[True])) if by_seen[True] else None,
         "unseen_groups": few(rates(by_seen[False])) if by_seen[False] else None,
         "characters_outside_charset": {"é": 3},
+        "learnt_lines": {"validation": 0, "test": 0},
     }
     history = [
         {
@@ -402,6 +404,13 @@ def test_version_that_lost_is_said_to_have_lost(inputs):
 def test_interval_of_one_writer_comes_with_a_warning(inputs):
     assert "All test lines are by one writer" in Page(render(make_inputs(num_writers=5))).text_of["header"]
     assert "by one writer" not in Page(render(inputs)).text_of["header"]
+
+
+def test_lines_that_were_learnt_come_with_a_warning(inputs):
+    assert "were training lines" not in Page(render(inputs)).text_of["header"]
+    learnt = inputs["metrics"] | {"learnt_lines": {"validation": 0, "test": 7}}
+    text = Page(render(inputs | {"metrics": learnt})).text_of["header"]
+    assert "test lines were training lines of this network or of the one that it started from" in text
 
 
 def test_splits_are_counted(html, inputs):
@@ -650,7 +659,7 @@ def test_writers_that_nobody_knows_are_not_counted():
 
 def test_network_that_no_epoch_has_bettered_is_said_to_be_kept(inputs):
     rows = inputs["history"].to_pylist()
-    metadata = {"model_hash": "2d" * 32, "best_cer": "0.01", "num_validation_lines": "256"}
+    metadata = {"model_hash": "2d" * 32, "best_cer": "0.01", "best_epoch": "0", "num_validation_lines": "256"}
     text = Page(render(inputs | {"history": to_table(rows, HISTORY, metadata)})).text_of["training"]
     assert "No epoch was better than the network that training started from, which is kept" in text
     assert "validation CER of 1.00\u202f% (greedy, one look, 256 lines)" in text

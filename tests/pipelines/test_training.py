@@ -4,7 +4,6 @@ import json
 import re
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from htr_pipeline.core.config import UserError
@@ -156,13 +155,7 @@ def test_a_start_from_lines_made_in_another_way_is_warned_of(tmp_path, caplog):
     build_network(small, training, charset, higher, start)
     assert "trained on lines that were made with other settings of features (height_pixels = 32, here 48" in caplog.text
     leaning = made | {"deslant": False, "opencv": "1.0"}
-    (tmp_path / "settings.json").write_text(json.dumps({"features": leaning}), encoding="utf-8")
-    build_network(small, training, charset, stats, start)
-    assert "(deslant = False, here True): it knows strokes" in caplog.text
-    (tmp_path / "settings.json").unlink()
-    history = pa.table({"epoch": [1]}).replace_schema_metadata({"feature_settings": json.dumps(leaning)})
-    pq.write_table(history, tmp_path / "history.parquet")
-    caplog.clear()
+    (tmp_path / "provenance.json").write_text(json.dumps({"feature_settings": leaning}), encoding="utf-8")
     build_network(small, training, charset, stats, start)
     assert "(deslant = False, here True): it knows strokes" in caplog.text
 

@@ -90,12 +90,14 @@ class TrainedNetwork:
         model: the network.
         history: a row of io.manifest.HISTORY for each epoch.
         best_cer: its validation CER, greedy.
+        best_epoch: the one whose network is kept, from 1; 0 where that is the one that training started from.
         ended_by: epochs, clock, patience or interrupt; after the last, training may go on from the checkpoint.
     """
 
     model: keras.Model
     history: list[dict[str, Any]]
     best_cer: float
+    best_epoch: int
     ended_by: str
 
 
@@ -266,7 +268,7 @@ def train_network(
         )
     model.set_weights(best)
     set_precision(model, "float32")
-    return TrainedNetwork(model, state.history, state.best_cer, ended_by)
+    return TrainedNetwork(model, state.history, state.best_cer, state.best_epoch, ended_by)
 
 
 class StepResult(NamedTuple):

@@ -105,6 +105,16 @@ class FileCheckpoints:
         return f" ({'; '.join(words)})" if words else ""
 
 
+def stored_settings(path: Path) -> list[dict[str, Any]]:
+    """The settings of the checkpoint at the path and of those that were put aside; damaged ones are left out."""
+    settings = []
+    for file in [path, *sorted(path.parent.glob(f"{glob.escape(path.stem)}-????????{glob.escape(path.suffix)}"))]:
+        with contextlib.suppress(UserError):
+            if file.exists():
+                settings.append(_read(file)[0]["settings"])
+    return settings
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Header and arrays.
 

@@ -212,6 +212,11 @@ class FeatureShards:
                 return settings
         return {}
 
+    def content_hashes(self, split: str) -> list[str]:
+        """Those of the lines of a split, in the order of the shards."""
+        hashes = self.figures().filter(pc.field("split") == split)["content_hash"]
+        return [str(content_hash) for content_hash in hashes]
+
     def num_bytes(self) -> int:
         """Size of all shards."""
         return sum(path.stat().st_size for split in SPLITS for path in self._paths(split))

@@ -3,11 +3,10 @@
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pyarrow.parquet as pq
 
 import htr_pipeline
 from htr_pipeline.core.config import UserError
@@ -17,6 +16,9 @@ from htr_pipeline.io.datasets import KerasModel
 # The model that the package brings along, under this name; a folder of that name is ./starter.
 STARTER = "starter"
 STARTER_FOLDER = Path(htr_pipeline.__file__).parent / "starter"
+PROVENANCE = "provenance.json"
+# Of the hash of a line: enough to tell millions apart.
+_HASH_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,57 @@ class StartingPoint:
         except (ValueError, KeyError, TypeError) as exc:
             raise UserError(f"{self.charset_path}: this is no charset: {exc!r}.") from None
 
-    def feature_settings(self) -> dict[str, Any]:
-        """The settings of features that its lines were made with; empty where nothing tells them."""
-        folder = self.model_path.parent
-        settings, history = folder / "settings.json", folder / "history.parquet"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # files of others beside the two
-            if settings.is_file():  # of registered models and of the starter
-                return dict(json.loads(settings.read_text(encoding="utf-8"))["features"])
-            if history.is_file():
-                return dict(json.loads((pq.read_schema(history).metadata or {})[b"feature_settings"]))
+    def provenance(self) -> dict[str, Any]:
+        """What make_provenance wrote beside the network; empty where nothing lies there or it cannot be read."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return dict(json.loads((self.model_path.parent / PROVENANCE).read_text(encoding="utf-8")))
         return {}
 
     def content_hash(self) -> str:
         """Hash of both files."""
         return hashlib.sha256(self.model_path.read_bytes() + self.charset_path.read_bytes()).hexdigest()
+
+
+def charset_hash(charset: str) -> str:
+    """SHA-256 of a charset's JSON."""
+    return hashlib.sha256(charset.encode()).hexdigest()
+
+
+def make_provenance(
+    model_hash: str,
+    charset: str,
+    feature_settings: dict[str, Any],
+    content_hashes: Iterable[str],
+    start: StartingPoint | None,
+) -> dict[str, Any]:
+    """What a network was made of, which its weights do not say.
+
+    Args:
+        model_hash: core.model.weights_hash of the network.
+        charset: JSON of its charset.
+        feature_settings: how its lines were normalised.
+        content_hashes: of its training lines; those of the network that it started from are added.
+        start: that network, or None.
+
+    Returns:
+        model_hash, charset_hash, feature_settings, start_from, learnt_lines (the hashes, shortened and sorted).
+    """
+    learnt = {content_hash[:_HASH_DIGITS] for content_hash in content_hashes}
+    if start:
+        learnt.update(start.provenance().get("learnt_lines", []))
+    return {
+        "model_hash": model_hash,
+        "charset_hash": charset_hash(charset),
+        "feature_settings": feature_settings,
+        "start_from": start.name if start else None,
+        "learnt_lines": sorted(learnt),
+    }
+
+
+def num_learnt(provenance: Mapping[str, Any], content_hashes: Iterable[str]) -> int:
+    """How many of the lines the network was trained on, itself or by the networks that it started from."""
+    learnt = set(provenance.get("learnt_lines", []))
+    return sum(content_hash[:_HASH_DIGITS] in learnt for content_hash in content_hashes)
 
 
 def _registered(uri: str) -> tuple[str, Path]:

@@ -17,12 +17,14 @@ from tqdm import tqdm
 
 from htr_pipeline.core.batching import Line
 from htr_pipeline.core.calibration import Calibration, fit_calibration, reliability, right_characters
-from htr_pipeline.core.config import config, setting
+from htr_pipeline.core.config import UserError, config, setting
+from htr_pipeline.core.image import differing_settings
 from htr_pipeline.core.metrics import bootstrap_interval, score_lines, signature
 from htr_pipeline.core.recipe import DECODERS, DecodingConfig
 from htr_pipeline.core.text import Charset, unicode_form_of
 from htr_pipeline.io.features import FeatureShards
 from htr_pipeline.io.manifest import PREDICTIONS, to_table
+from htr_pipeline.io.starting_point import charset_hash, num_learnt
 
 if TYPE_CHECKING:
     from htr_pipeline.core.inference import Reading
@@ -36,6 +38,8 @@ _CHUNK_LINES = 256
 _ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 _BETAS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
 _TUNING_LINES = 512
+# With fewer of them, the interval is over lines.
+_FEWEST_WRITERS = 5
 # With fewer validation lines, confidences stay as they are.
 _FEWEST_CALIBRATION_LINES = 32
 
@@ -50,7 +54,13 @@ class EvaluationConfig:
 
 
 def read_lines(
-    features: FeatureShards, model: Any, charset: str, language_model: Any, lexicon: str, decoding: DecodingConfig
+    features: FeatureShards,
+    model: Any,
+    charset: str,
+    provenance: dict[str, Any],
+    language_model: Any,
+    lexicon: str,
+    decoding: DecodingConfig,
 ) -> tuple[dict[str, Any], pa.Table]:
     """Features, models, charset → tuned_decoding, readings: validation and test lines read with every decoder.
 
@@ -59,6 +69,7 @@ def read_lines(
     from htr_pipeline.core.inference import Network
     from htr_pipeline.core.model import weights_hash
 
+    _check_parts(features, model, charset, provenance)
     characters = Charset.from_json(charset)
     network, known = Network(model, characters), decoding.build_lexicon(lexicon.split(), characters)
     unwritable = [word for word in decoding.normalised_hot_words(characters) if characters.unknown(word)]
@@ -88,6 +99,26 @@ def read_lines(
                 del computed[line.line_id]
             bar.update(len(lines))
     return asdict(tuned), to_table(rows, PREDICTIONS, {"model_hash": weights_hash(model)})
+
+
+def _check_parts(features: FeatureShards, model: Any, charset: str, provenance: Mapping[str, Any]) -> None:
+    """Files that a killed run or single pipelines have left may be of several trainings.
+
+    Raises:
+        UserError: the network cannot read with this charset, or lines of this height.
+    """
+    from htr_pipeline.core.model import weights_hash
+
+    if (provenance["model_hash"], provenance["charset_hash"]) != (weights_hash(model), charset_hash(charset)):
+        raise UserError(
+            "The network on disk and the charset beside it are of two trainings: it would write other characters than "
+            "it means. Train it again, which takes up what was interrupted: kedro run --from-nodes collect_charset"
+        )
+    if different := differing_settings(provenance["feature_settings"], features.settings()):
+        words = f"The network was trained on lines with other settings of features: {'; '.join(different)}."
+        if provenance["feature_settings"]["height_pixels"] != features.settings()["height_pixels"]:
+            raise UserError(f"{words} It cannot read lines of another height: kedro run --from-nodes train_network")
+        logger.warning("%s It reads these worse.", words)
 
 
 def _tune(
@@ -178,6 +209,7 @@ def measure_errors(
     features: FeatureShards,
     feature_stats: dict[str, Any],
     charset: str,
+    provenance: dict[str, Any],
     tuned_decoding: dict[str, Any],
     evaluation: EvaluationConfig,
 ) -> dict[str, Any]:
@@ -190,6 +222,14 @@ def measure_errors(
     seen = set(figures.filter(pc.equal(figures["split"], "train"))["group"].to_pylist())
     grouped = test.dropna(subset="group")
     known = Charset.from_json(charset)
+    learnt = {split: num_learnt(provenance, features.content_hashes(split)) for split in _SPLITS}
+    for split, num in learnt.items():
+        if num:
+            logger.warning(
+                "The network was trained on %d of the %s lines, itself or by the network that it started from: its "
+                "figures on them say nothing about new lines. Keep to the splits of then, give them in the source, or "
+                "start from another network.", num, split,
+            )  # fmt: skip
     outside = Counter("".join(test["reference"]))
     return {
         "signature": signature(unicode_form_of(test["reference"].tolist()), "test", len(test), version("htr-pipeline")),
@@ -197,6 +237,7 @@ def measure_errors(
         "test_hash": features.data_hash(("test",)),
         "model_hash": predictions.schema.metadata[b"model_hash"].decode(),
         "confidence": evaluation.confidence,
+        "learnt_lines": learnt,
         "decoders": list(DECODERS),
         "headline": {"split": "test", "decoder": decoding.decoder},
         "language_model": {"alpha": decoding.alpha, "beta": decoding.beta},
@@ -220,9 +261,9 @@ def measure_errors(
 
 def _score(lines: pd.DataFrame, evaluation: EvaluationConfig) -> dict[str, Any]:
     score = score_lines(lines["reference"].tolist(), lines["hypothesis"].tolist())
-    # Of one writer, an interval over writers would have no width and look like certainty. Writers of one line each are
-    # mostly lines whose writer nobody knows.
-    unit = "writers" if 1 < lines["writer_id"].nunique() < len(lines) else "lines"
+    # Over few writers an interval may have no width at all and look like certainty. Writers of one line each are mostly
+    # lines whose writer nobody knows.
+    unit = "writers" if _FEWEST_WRITERS <= lines["writer_id"].nunique() < len(lines) else "lines"
     intervals = {
         name: bootstrap_interval(
             counts.edits,

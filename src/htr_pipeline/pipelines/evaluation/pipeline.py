@@ -1,4 +1,4 @@
-"""model, charset, language_model, lexicon, features → tuned_decoding, calibration, predictions, metrics."""
+"""model, charset, provenance, language_model, lexicon, features → tuned_decoding, calibration, predictions, metrics."""
 
 from kedro.pipeline import Node, Pipeline
 
@@ -11,7 +11,7 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 read_lines,
-                ["features", "model", "charset", "language_model", "lexicon", "params:decoding"],
+                ["features", "model", "charset", "provenance", "language_model", "lexicon", "params:decoding"],
                 ["tuned_decoding", "readings"],
                 name="read_lines",
             ),
@@ -24,6 +24,7 @@ def create_pipeline() -> Pipeline:
                     "features",
                     "feature_stats",
                     "charset",
+                    "provenance",
                     "tuned_decoding",
                     "params:evaluation",
                 ],

@@ -1,6 +1,7 @@
 """Nodes: model, charset, metrics → registration."""
 
 import io
+import json
 import logging
 import re
 import tempfile
@@ -23,6 +24,7 @@ from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.io.features import FeatureShards, line_images
 from htr_pipeline.io.manifest import SPLITS, image_roots
+from htr_pipeline.io.starting_point import PROVENANCE, num_learnt
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class RegistrationConfig:
 def register_model(
     model: Any,
     charset: str,
+    provenance: dict[str, Any],
     features: FeatureShards,
     manifest: pa.Table,
     metrics: dict[str, Any],
@@ -87,21 +90,28 @@ def register_model(
     cer = metrics["splits"][headline["split"]][headline["decoder"]]["cer"]
     client = mlflow.MlflowClient()
     champion = _champion(client, registration)
-    champion_cer, problem = _champion_cer(champion, manifest, metrics) if champion else (None, None)
+    champion_cer, problem = _champion_cer(champion, features, manifest, metrics) if champion else (None, None)
+    if champion and metrics["learnt_lines"]["test"]:
+        problem = (
+            f"{metrics['learnt_lines']['test']} of the test lines were lines that this network was trained on, so that "
+            f"its CER says nothing; version {champion.version} stays champion"
+        )
     with tempfile.TemporaryDirectory() as folder:
-        names = ("network.keras", "charset.json", "language_model.npz", "lexicon.txt", "settings.json")
+        names = ("network.keras", "charset.json", "language_model.npz", "lexicon.txt", "settings.json", PROVENANCE)
         files = {name: Path(folder) / name for name in names}
         model.save(files["network.keras"])
         language_model.save(files["language_model.npz"])
         files["charset.json"].write_text(charset, encoding="utf-8")
         files["lexicon.txt"].write_text(lexicon, encoding="utf-8")
+        files[PROVENANCE].write_text(json.dumps(provenance), encoding="utf-8")
         mlflow_model.write_settings(files["settings.json"], image, decoding, calibration)
         logged = _log_model(list(files.values()), features, decoding)
     # With its tags at once: a version without them, of a run that was killed, could never be compared.
-    tags = {tag: metrics[tag] for tag in ("signature", "data_hash", "test_hash")} | {"cer": repr(cer)}
+    tags = {tag: metrics[tag] for tag in ("signature", "data_hash", "test_hash", "model_hash")}
+    tags |= {"cer": repr(cer), "learnt_test_lines": str(metrics["learnt_lines"]["test"])}
     run = client.get_run(logged.run_id)
     number = str(mlflow.register_model(logged.model_uri, registration.model_name, tags=tags).version)
-    promoted = champion is None or (champion_cer is not None and cer < champion_cer)
+    promoted = champion is None or (not problem and champion_cer is not None and cer < champion_cer)
     if promoted:
         client.set_registered_model_alias(registration.model_name, registration.alias, number)
     reason = problem or _reason(cer, champion_cer, champion, headline["split"])
@@ -151,7 +161,9 @@ def _champion(client: Any, registration: RegistrationConfig) -> Any | None:
     return client.get_model_version(registration.model_name, number) if number else None
 
 
-def _champion_cer(champion: Any, manifest: pa.Table, metrics: dict[str, Any]) -> tuple[float | None, str | None]:
+def _champion_cer(
+    champion: Any, features: FeatureShards, manifest: pa.Table, metrics: dict[str, Any]
+) -> tuple[float | None, str | None]:
     """The champion's CER on the present test lines: as measured when it was registered, or else read anew.
 
     Returns:
@@ -160,19 +172,40 @@ def _champion_cer(champion: Any, manifest: pa.Table, metrics: dict[str, Any]) ->
     import mlflow
 
     known = champion.tags.get("test_hash") == metrics["test_hash"]
+    known = known and champion.tags.get("learnt_test_lines", "0") == "0"
     if known and champion.tags.get("signature") == metrics["signature"]:
         return float(champion.tags["cer"]), None
     logger.info("The champion (version %s) was measured on other lines: it reads the present ones.", champion.version)
-    lines = manifest.filter(pc.equal(manifest["split"], metrics["headline"]["split"]))
+    split = metrics["headline"]["split"]
+    lines = manifest.filter(pc.equal(manifest["split"], split))
+    figures = features.figures()
+    measured = figures.filter(pc.equal(figures["split"], split))
+    columns = ["line_id", "text", "content_hash"]
+    if sorted(lines.select(columns).to_pylist(), key=str) != sorted(measured.select(columns).to_pylist(), key=str):
+        raise UserError(
+            f"The {split} lines of the manifest are not those that the new model was measured on: the champion cannot "
+            "be measured on them. Bring all up to date: kedro run --from-nodes extract_features"
+        )
+    # Read outside of what is forgiven: an image that is gone is no fault of the champion.
+    images = (_png(grey) for _, grey in line_images(lines.to_pylist(), image_roots(manifest)))
+    texts: list[str | None] = []
     try:
         reader = mlflow.pyfunc.load_model(f"models:/{champion.name}/{champion.version}")
+        num = num_learnt(getattr(reader.unwrap_python_model(), "provenance", {}), lines["content_hash"].to_pylist())
+        while not num and (some := list(islice(images, _LINES_AT_A_TIME))):
+            texts += reader.predict(pd.DataFrame({"image": some}))["text"].tolist()
+    except UserError:
+        raise
     except Exception as exc:  # files that are gone, libraries that do not fit: the new model is worth keeping anyhow
-        problem = f"version {champion.version} stays champion, but could not be loaded from {champion.source} ({exc})"
+        problem = f"version {champion.version} stays champion, but could not read lines, from {champion.source} ({exc})"
         return None, problem
-    texts: list[str | None] = []
-    images = (_png(grey) for _, grey in line_images(lines.to_pylist(), image_roots(manifest)))
-    while some := list(islice(images, _LINES_AT_A_TIME)):
-        texts += reader.predict(pd.DataFrame({"image": some}))["text"].tolist()
+    if num:
+        return None, (
+            f"version {champion.version} stays champion, but was trained on {num} of the {len(lines)} {split} lines, "
+            "so that the two cannot be compared on them"
+        )
+    if unread := texts.count(None):
+        logger.warning("The champion could not read %d of the lines, which count as empty.", unread)
     return score_lines(lines["text"].to_pylist(), [text or "" for text in texts]).cer, None
 
 

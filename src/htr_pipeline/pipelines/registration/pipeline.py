@@ -14,6 +14,7 @@ def create_pipeline() -> Pipeline:
                 [
                     "model",
                     "charset",
+                    "provenance",
                     "features",
                     "manifest",
                     "metrics",

@@ -159,9 +159,21 @@ def _warnings(
 ) -> list[str]:
     """What a reader of the figures has to know: one writer only, or tables that are not of one and the same run."""
     warnings = []
-    if len({line["writer_id"] for line in lines}) == 1 < len(lines):
-        split = metrics["headline"]["split"]
+    split = metrics["headline"]["split"]
+    score = metrics["splits"][split][metrics["headline"]["decoder"]]
+    writers = {line["writer_id"] for line in lines}
+    if len(writers) == 1 < len(lines):
         warnings.append(f"All {split} lines are by one writer: the interval is over lines and says nothing of others.")
+    elif len(writers) < len(lines) and score["interval_over"] == "lines":
+        warnings.append(
+            f"The {split} lines are by {len(writers)} writers only: the interval is over lines and says little of "
+            "others."
+        )
+    if learnt := metrics["learnt_lines"][split]:
+        warnings.append(
+            f"{learnt} of the {len(lines)} {split} lines were training lines of this network or of the one that it "
+            "started from: the figures say nothing about new lines."
+        )
     if metrics["data_hash"] != feature_stats["data_hash"]:
         warnings.append(
             f"The evaluation was made on data {metrics['data_hash'][:12]}, the features on disk are data "
@@ -234,6 +246,7 @@ def _describe_training(history: pa.Table) -> dict[str, Any] | None:
     seconds = rows[-1]["elapsed_seconds"]
     best = min(rows, key=lambda row: (not math.isfinite(row["validation_cer"]), row["validation_cer"]))
     metadata = history.schema.metadata or {}
+    best_epoch = int(metadata.get(b"best_epoch", best["epoch"]))
     best_cer = float(metadata.get(b"best_cer", best["validation_cer"]))
     return {
         "num_epochs": len(rows),
@@ -241,9 +254,9 @@ def _describe_training(history: pa.Table) -> dict[str, Any] | None:
         "duration": f"{seconds / 60:.0f} minutes" if seconds >= 100 else f"{seconds:.0f} seconds",
         "lines_per_second": float(np.median([row["lines_per_second"] for row in rows])),
         "wait_share": sum(row["data_wait_seconds"] for row in rows) / max(seconds, 1e-9),
-        "best_epoch": best["epoch"],
+        "best_epoch": best_epoch,
         "best_cer": best_cer,
-        "is_start_kept": best_cer < best["validation_cer"],
+        "is_start_kept": best_epoch == 0,
         "num_validation_lines": int(metadata.get(b"num_validation_lines", 0)),
     }
 

@@ -1,5 +1,6 @@
-"""Nodes: features → charset, model, history."""
+"""Nodes: features → charset, model, history, provenance."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -7,7 +8,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +28,10 @@ from htr_pipeline.core.ctc.lexicon import bare_word
 from htr_pipeline.core.image import differing_settings
 from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset, visual_text
-from htr_pipeline.io.checkpoints import FileCheckpoints
+from htr_pipeline.io.checkpoints import FileCheckpoints, stored_settings
 from htr_pipeline.io.features import FeatureShards
 from htr_pipeline.io.manifest import HISTORY, to_table
-from htr_pipeline.io.starting_point import StartingPoint
+from htr_pipeline.io.starting_point import StartingPoint, charset_hash, make_provenance
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +159,8 @@ def train(
     augmentation: AugmentationConfig,
     training: TrainingConfig,
     checkpoint: CheckpointConfig,
-) -> tuple[Any, pa.Table]:
-    """Features, charset → model, history."""
+) -> tuple[Any, pa.Table, dict[str, Any]]:
+    """Features, charset → model, history, provenance."""
     from htr_pipeline.core.distribution import Distribution
     from htr_pipeline.core.model import chosen_precision, weights_hash
     from htr_pipeline.core.training import train_network
@@ -170,17 +171,17 @@ def train(
     if distribution.num_replicas > 1:
         logger.info("Each batch of %d lines is shared by %d devices.", training.batch_size, distribution.num_replicas)
     classes = Charset.from_json(charset)
-    start = StartingPoint.find(training.start_from) if training.start_from else None
     settings = {
         "data": feature_stats["data_hash"],
-        "charset": hashlib.sha256(charset.encode()).hexdigest(),
-        # Its content, not its name: an alias may point to another one by and by.
-        "network to start from": start.content_hash() if start else None,
+        "charset": charset_hash(charset),
         **{f"version of {package}": version(package) for package in ("htr-pipeline", "keras", "numpy")},
     }
-    blocks = {"model": model, "augmentation": augmentation, "training": replace(training, start_from=None)}
-    for block, values in blocks.items():
+    for block, values in {"model": model, "augmentation": augmentation, "training": training}.items():
         settings |= {f"{block}.{name}": value for name, value in asdict(values).items()}
+    start = _start(json.loads(json.dumps(settings)), Path(checkpoint.path))
+    settings["network to start from"] = start.content_hash() if start else None
+    # The network's content, not its name: two names may be of one network.
+    del settings["training.start_from"]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     distribution.require_equal(
         fingerprint,
@@ -190,8 +191,6 @@ def train(
     )
     with distribution.scope():
         network = build_network(model, training, classes, feature_stats, start)
-    if start and start.name != training.start_from:
-        logger.info("%s is %s.", training.start_from, start.name)
 
     def read_training_lines(rng: np.random.Generator) -> Iterator[Line]:
         return features.lines("train", rng)
@@ -210,7 +209,7 @@ def train(
             classes,
             augmentation=augmentation,
             config=training,
-            checkpoints=FileCheckpoints(Path(checkpoint.path), fingerprint, settings),
+            checkpoints=FileCheckpoints(Path(checkpoint.path), fingerprint, settings | _names(training, start)),
             progress=progress,
             distribution=distribution,
         )
@@ -229,10 +228,7 @@ def train(
             trained.history[-1]["step"], training.epochs,
         )  # fmt: skip
     if trained.ended_by == "interrupt":
-        moved = ""
-        if start and start.name != training.start_from:
-            moved = f", with training.start_from={start.name} if {training.start_from} points to a new one by then"
-        logger.warning("Training is not complete: the same command goes on where it was stopped%s.", moved)
+        logger.warning("Training is not complete: the same command goes on where it was stopped.")
     metadata = {
         "ended_by": trained.ended_by,
         "is_chief": str(distribution.is_chief),
@@ -240,10 +236,36 @@ def train(
         "fingerprint": fingerprint,
         "model_hash": weights_hash(trained.model),
         "best_cer": repr(trained.best_cer),
-        "feature_settings": json.dumps(feature_stats["settings"]),
+        "best_epoch": str(trained.best_epoch),
         "num_validation_lines": str(len(validation_lines)),
     }
-    return trained.model, to_table(trained.history, HISTORY, metadata)
+    provenance = make_provenance(
+        metadata["model_hash"], charset, feature_stats["settings"], features.content_hashes("train"), start
+    )
+    return trained.model, to_table(trained.history, HISTORY, metadata), provenance
+
+
+def _names(training: TrainingConfig, start: StartingPoint | None) -> dict[str, Any]:
+    """What the network to start from is called: in the settings, and, in place of an alias, its version."""
+    return {"training.start_from": training.start_from, "start": start.name if start else None}
+
+
+def _start(settings: Mapping[str, Any], checkpoint: Path) -> StartingPoint | None:
+    """The network to start from; where a training of these settings was stopped, the one that it started from.
+
+    An alias may have moved since, as after a run that was killed behind the registration of its own model.
+    """
+    name = settings["training.start_from"]
+    if not name:
+        return None
+    start = StartingPoint.find(name)
+    for stored in stored_settings(checkpoint):
+        if start.name != name and all(stored.get(key) == value for key, value in settings.items()):
+            with contextlib.suppress(UserError):  # the version is gone
+                start = StartingPoint.find(stored["start"])
+    if start.name != name:
+        logger.info("%s is %s.", name, start.name)
+    return start
 
 
 def build_network(
@@ -260,7 +282,7 @@ def build_network(
     if start:
         trained = start.model()
         copy_weights(trained, start.charset(), network, charset)
-        theirs = start.feature_settings() | {"height_pixels": trained.inputs[0].shape[-1]}
+        theirs = start.provenance().get("feature_settings", {}) | {"height_pixels": trained.inputs[0].shape[-1]}
         if different := differing_settings(theirs, feature_stats["settings"]):
             logger.warning(
                 "%r was trained on lines that were made with other settings of features (%s): it knows strokes of "

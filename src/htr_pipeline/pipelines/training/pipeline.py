@@ -1,4 +1,4 @@
-"""features → charset, language_model, lexicon, model, history, learning_curves."""
+"""features → charset, language_model, lexicon, model, history, provenance, learning_curves."""
 
 from kedro.pipeline import Node, Pipeline
 
@@ -44,7 +44,7 @@ def create_pipeline() -> Pipeline:
                     "params:training",
                     "params:checkpoint",
                 ],
-                ["model", "history"],
+                ["model", "history", "provenance"],
                 name="train_network",
                 tags="gpu",
             ),
