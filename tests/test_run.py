@@ -377,6 +377,17 @@ def test_a_network_that_was_not_measured_is_not_registered_with_figures_of_anoth
     assert "kedro run --env test --from-nodes read_lines --params training.epochs=1" in page
 
 
+def test_a_run_that_was_killed_behind_its_registration_does_not_register_again(project):
+    (run,) = mlflow_runs(project)
+    before = read_json(catalog(project)["registration"])
+    command = [*KEDRO, "--pipeline", "registration"]
+    same_run = environment() | {"MLFLOW_RUN_ID": run.info.run_id}  # as the same command after kill -9 has it
+    subprocess.run(command, cwd=project, env=same_run, check=True, capture_output=True, timeout=300)
+    after = read_json(catalog(project)["registration"])
+    assert after == before | {"reason": "it became champion before this run was interrupted"}
+    assert len(client(project).search_model_versions("name = 'htr'")) == 1
+
+
 def new_champion(project, name, change):
     """Makes a copy of version 1 the champion, one artifact of it changed, and without tags."""
     store = client(project)

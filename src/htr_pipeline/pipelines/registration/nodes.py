@@ -89,32 +89,36 @@ def register_model(
     headline = metrics["headline"]
     cer = metrics["splits"][headline["split"]][headline["decoder"]]["cer"]
     client = mlflow.MlflowClient()
-    champion = _champion(client, registration)
+    tags = {tag: metrics[tag] for tag in ("signature", "data_hash", "test_hash", "model_hash")}
+    tags |= {"cer": repr(cer), "learnt_test_lines": str(metrics["learnt_lines"]["test"])}
+    champion, number = _champion(client, registration), _registered_by_this_run(client, registration, tags)
+    is_own = champion is not None and str(champion.version) == number  # the run was killed behind that
+    champion = None if is_own else champion
     champion_cer, problem = _champion_cer(champion, features, manifest, metrics) if champion else (None, None)
     if champion and metrics["learnt_lines"]["test"]:
         problem = (
             f"{metrics['learnt_lines']['test']} of the test lines were lines that this network was trained on, so that "
             f"its CER says nothing; version {champion.version} stays champion"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        names = ("network.keras", "charset.json", "language_model.npz", "lexicon.txt", "settings.json", PROVENANCE)
-        files = {name: Path(folder) / name for name in names}
-        model.save(files["network.keras"])
-        language_model.save(files["language_model.npz"])
-        files["charset.json"].write_text(charset, encoding="utf-8")
-        files["lexicon.txt"].write_text(lexicon, encoding="utf-8")
-        files[PROVENANCE].write_text(json.dumps(provenance), encoding="utf-8")
-        mlflow_model.write_settings(files["settings.json"], image, decoding, calibration)
-        logged = _log_model(list(files.values()), features, decoding)
-    # With its tags at once: a version without them, of a run that was killed, could never be compared.
-    tags = {tag: metrics[tag] for tag in ("signature", "data_hash", "test_hash", "model_hash")}
-    tags |= {"cer": repr(cer), "learnt_test_lines": str(metrics["learnt_lines"]["test"])}
-    run = client.get_run(logged.run_id)
-    number = str(mlflow.register_model(logged.model_uri, registration.model_name, tags=tags).version)
+    if number is None:
+        with tempfile.TemporaryDirectory() as folder:
+            names = ("network.keras", "charset.json", "language_model.npz", "lexicon.txt", "settings.json", PROVENANCE)
+            files = {name: Path(folder) / name for name in names}
+            model.save(files["network.keras"])
+            language_model.save(files["language_model.npz"])
+            files["charset.json"].write_text(charset, encoding="utf-8")
+            files["lexicon.txt"].write_text(lexicon, encoding="utf-8")
+            files[PROVENANCE].write_text(json.dumps(provenance), encoding="utf-8")
+            mlflow_model.write_settings(files["settings.json"], image, decoding, calibration)
+            logged = _log_model(list(files.values()), features, decoding)
+        # With its tags at once: a version without them, of a run that was killed, could never be compared.
+        number = str(mlflow.register_model(logged.model_uri, registration.model_name, tags=tags).version)
+    run = mlflow.active_run()
     promoted = champion is None or (not problem and champion_cer is not None and cer < champion_cer)
     if promoted:
         client.set_registered_model_alias(registration.model_name, registration.alias, number)
     reason = problem or _reason(cer, champion_cer, champion, headline["split"])
+    reason = "it became champion before this run was interrupted" if is_own else reason
     logger.log(
         logging.WARNING if problem else logging.INFO, "%s version %s: %s.", registration.model_name, number, reason
     )
@@ -146,6 +150,15 @@ def _shown_uri(uri: str) -> str:
     if parts.scheme == "sqlite" and Path(parts.path[1:]).is_relative_to(Path.cwd()):
         return f"sqlite:///{Path(parts.path[1:]).relative_to(Path.cwd())}"
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def _registered_by_this_run(client: Any, registration: RegistrationConfig, tags: dict[str, str]) -> str | None:
+    """The version that this MLflow run made of the same model before it was killed, or None."""
+    import mlflow
+
+    run_id = mlflow.active_run().info.run_id
+    found = client.search_model_versions(f"name = '{registration.model_name}'")
+    return next((str(v.version) for v in found if v.run_id == run_id and v.tags == tags), None)
 
 
 def _champion(client: Any, registration: RegistrationConfig) -> Any | None:
