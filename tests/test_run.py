@@ -614,7 +614,7 @@ def test_paths_of_settings_mean_the_projects_folder_wherever_the_run_is_started(
 def test_what_is_killed_after_the_training_does_not_train_again(project, sign):
     paths, checkpoint = catalog(project), project / "data/06_models/checkpoint.npz"
     settings = "training.epochs=2,training.start_from=models:/htr@champion"
-    command = ("--from-nodes", "train_network", "--params", settings)
+    command = ("--from-nodes", "collect_charset", "--params", settings)
     old = mtimes(paths)["history"]
     with started_run(project, *command, until=lambda process: mtimes(paths)["history"] != old) as process:
         os.killpg(process.pid, sign)
@@ -624,7 +624,7 @@ def test_what_is_killed_after_the_training_does_not_train_again(project, sign):
     status = mlflow_runs(project)[0].info.status
     assert status == ("KILLED" if sign == signal.SIGINT else "RUNNING")
     # As if the run had been killed behind its registration: the alias leads to another network now.
-    new_champion(project, "charset.json", lambda text: text + "\n")
+    new_champion(project, "charset.json", lambda text: text.replace('"characters": [', '"characters": ["§",'))
 
     output = succeed(project, *command)
     assert "models:/htr@champion is models:/htr/1." in output
@@ -654,9 +654,12 @@ def test_second_run_is_refused_while_one_is_at_work_and_sigkill_lets_the_next_on
     succeed(project, "--pipeline", "reporting")
 
 
-@pytest.mark.parametrize("runner", ["ThreadRunner", "ParallelRunner"])
-def test_run_goes_through_on_threads_and_on_processes(project, runner):
-    succeed(project, "--pipeline", "data_validation", "--runner", runner)
+def test_run_goes_through_on_threads_and_on_processes(project):
+    succeed(project, "--pipeline", "data_validation", "--runner", "ParallelRunner")
+    succeed(project, "--pipeline", "registration", "--runner", "ThreadRunner")
+    newest, *others = mlflow_runs(project)
+    assert (newest.info.status, len(others)) == ("FINISHED", 2)
+    assert read_json(catalog(project)["registration"])["run_id"] == newest.info.run_id
 
 
 def test_the_gpu_environment_trains_on_a_cpu_too(project):

@@ -209,9 +209,18 @@ class MlflowHook:
             mlflow.log_params(_flat(self._parameters))
         else:
             mlflow.start_run(run_id=run_id)
+        self._run_id = mlflow.active_run().info.run_id
         with replacing(self._project / _RUN_FILE) as partial:
-            content = {"run_id": mlflow.active_run().info.run_id, "command": self._command_hash(run_params)}
+            content = {"run_id": self._run_id, "command": self._command_hash(run_params)}
             partial.write_text(json.dumps(content))
+
+    @hook_impl
+    def before_node_run(self) -> None:
+        """Joins the run in a thread of Kedro's ThreadRunner: MLflow has one for each thread."""
+        import mlflow
+
+        if not mlflow.active_run() and (run_id := getattr(self, "_run_id", None)):
+            mlflow.start_run(run_id=run_id)
 
     @hook_impl
     def after_dataset_saved(self, dataset_name: str, data: Any) -> None:

@@ -139,7 +139,7 @@ def _is_served() -> bool:
 
 def _images(model_input: pd.DataFrame | Mapping[str, Any] | Iterable[Any]) -> list[Any]:
     if isinstance(model_input, Mapping):  # of a request's "inputs", which has columns too
-        model_input = pd.DataFrame({name: np.atleast_1d(column) for name, column in model_input.items()})
+        model_input = pd.DataFrame({name: _as_list(column) for name, column in model_input.items()})
     if not isinstance(model_input, pd.DataFrame):
         return list(model_input)
     if "image" in model_input:
@@ -149,6 +149,13 @@ def _images(model_input: pd.DataFrame | Mapping[str, Any] | Iterable[Any]) -> li
     if len(model_input.columns) != 1:
         raise UserError(f"The columns are {', '.join(map(str, model_input.columns))}: expected a column image.")
     return list(model_input.iloc[:, 0])
+
+
+def _as_list(column: Any) -> list[Any]:
+    """The values of a column, which may be a single one. NumPy would cut zeros off the end of bytes."""
+    if isinstance(column, np.ndarray) and not column.ndim:
+        return [column.item()]
+    return [column] if isinstance(column, str | bytes) else list(column)
 
 
 def _source(image: Any) -> Path | bytes:

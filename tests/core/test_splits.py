@@ -70,7 +70,7 @@ def test_fewer_than_three_writers_are_split_by_line_with_a_warning(num_writers):
     assert "hands seen in training" in warnings[0]
 
 
-@pytest.mark.parametrize(("num_pages", "kind"), [(12, "page"), (9, "line")])
+@pytest.mark.parametrize(("num_pages", "kind"), [(24, "page"), (19, "line")])
 def test_pages_of_one_writer_stay_whole_where_there_are_enough(num_pages, kind):
     line_ids, writer_ids = lines_of(["anna"] * 120)
     page_ids = [f"p{index % num_pages}" for index in range(120)]

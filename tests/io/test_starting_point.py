@@ -41,8 +41,11 @@ def test_provenance_holds_the_lines_of_all_networks_before(tmp_path):
     (tmp_path / "provenance.json").write_text(json.dumps(first), encoding="utf-8")
     second = make_provenance("i", "{}", {}, ["2" * 64, "3" * 64], start)
     assert second["start_from"] == str(tmp_path)
-    assert num_learnt(second, [digit * 64 for digit in "1234"]) == 3
-    assert num_learnt({}, ["1" * 64]) == 0
+    assert num_learnt(second, [digit * 64 for digit in "1234"], []) == 3
+    assert num_learnt(second, [digit * 64 for digit in "1234"], ["1" * 64]) == 2
+    assert num_learnt({}, ["1" * 64], []) == 0
+    with pytest.raises(UserError, match=r"provenance\.json is of another network than model\.keras"):
+        start.model()
     (tmp_path / "provenance.json").write_text("no json", encoding="utf-8")
     assert start.provenance() == {}
 

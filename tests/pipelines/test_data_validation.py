@@ -101,7 +101,7 @@ def test_good_lines_pass_unchanged(tmp_path):
         ({"text": "a\x07b"}, "unknown_character", "U\\+0007"),
         ({"text": "a\ufffdb"}, "unknown_character", "U\\+FFFD REPLACEMENT CHARACTER"),
         ({"content_hash": ""}, "unreadable_image", "was not decoded"),
-        ({"image_hash": "0" * 32}, "blank_image", "nothing can be seen on the image"),
+        ({"grey_range": 7}, "blank_image", "nothing can be seen on the image"),
         ({"height_pixels": 7}, "height", "7 pixels high, 8 to 1000.*validation.min_height_pixels"),
         ({"height_pixels": 1001, "width_pixels": 9000}, "height", "1001 pixels high"),
         ({"width_pixels": 7}, "width", "7 pixels wide, 8 to 20000"),
@@ -167,9 +167,9 @@ def test_page_in_two_splits_is_a_warning(tmp_path):
 def test_one_hand_is_split_by_page_where_there_are_enough(tmp_path):
     (tmp_path / "source").mkdir()
     rows = ["image\ttext\twriter\tpage"]
-    for index in range(48):
+    for index in range(96):
         Image.effect_noise((300 + index, 40), 50).save(tmp_path / "source" / f"{index}.png")
-        rows.append(f"{index}.png\tline {index}\tAnna\tfolio {index % 12}")
+        rows.append(f"{index}.png\tline {index}\tAnna\tfolio {index % 24}")
     (tmp_path / "source" / "lines.tsv").write_text("\n".join(rows), encoding="utf-8")
     source = SourceConfig(path=str(tmp_path / "source"))
     manifest, rejections, notes = import_sources(source, SourcesConfig(), DemoConfig())

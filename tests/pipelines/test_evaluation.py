@@ -153,7 +153,7 @@ def test_lines_that_the_network_was_trained_on_are_counted_and_named(caplog):
     assert measure(table, table, 6)["learnt_lines"] == {"validation": 0, "test": 0}
     assert "was trained on" not in caplog.text
     assert measure(table, table, 6, ["test-1", "test-4", "train-1"])["learnt_lines"] == {"validation": 0, "test": 2}
-    assert "The network was trained on 2 of the test lines, itself or by the network that it started" in caplog.text
+    assert "The network that this one started from was trained on 2 of the 6 test lines" in caplog.text
 
 
 def test_interval_is_over_writers_and_of_few_writers_over_lines():

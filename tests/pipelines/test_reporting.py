@@ -410,7 +410,7 @@ def test_lines_that_were_learnt_come_with_a_warning(inputs):
     assert "were training lines" not in Page(render(inputs)).text_of["header"]
     learnt = inputs["metrics"] | {"learnt_lines": {"validation": 0, "test": 7}}
     text = Page(render(inputs | {"metrics": learnt})).text_of["header"]
-    assert "test lines were training lines of this network or of the one that it started from" in text
+    assert "test lines were training lines of the network that this one started from" in text
 
 
 def test_splits_are_counted(html, inputs):

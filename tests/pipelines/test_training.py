@@ -32,6 +32,9 @@ class Texts:
     def figures(self):
         return pa.table({"split": ["train", "train", "test"], "text": [*TRAINING, "secret"]})
 
+    def data_hash(self):
+        return "0f" * 32
+
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
@@ -144,19 +147,22 @@ def test_a_start_that_is_not_there_is_named(tmp_path, monkeypatch, place):
 def test_a_start_from_lines_made_in_another_way_is_warned_of(tmp_path, caplog):
     pytest.importorskip("keras")
     made = pixel_settings(ImageConfig(height_pixels=32))
-    stats = {"height_pixels": 32, "width_pixels": {"median": 300}, "settings": made}
+    stats = {
+        "height_pixels": 32,
+        "width_pixels": {"median": 300},
+    }
     charset, small = Charset("ab"), ModelConfig(size="XS")
-    build_network(small, TrainingConfig(), charset, stats, None).save(tmp_path / "model.keras")
+    build_network(small, TrainingConfig(), charset, stats, made, None).save(tmp_path / "model.keras")
     (tmp_path / "charset.json").write_text(charset.to_json(), encoding="utf-8")
     training, start = TrainingConfig(start_from=str(tmp_path)), StartingPoint.find(str(tmp_path))
-    build_network(small, training, charset, stats, start)
+    build_network(small, training, charset, stats, made, start)
     assert "other settings of features" not in caplog.text
-    higher = stats | {"height_pixels": 48, "settings": made | {"height_pixels": 48}}
-    build_network(small, training, charset, higher, start)
+    higher = stats | {"height_pixels": 48}
+    build_network(small, training, charset, higher, made | {"height_pixels": 48}, start)
     assert "trained on lines that were made with other settings of features (height_pixels = 32, here 48" in caplog.text
     leaning = made | {"deslant": False, "opencv": "1.0"}
     (tmp_path / "provenance.json").write_text(json.dumps({"feature_settings": leaning}), encoding="utf-8")
-    build_network(small, training, charset, stats, start)
+    build_network(small, training, charset, stats, made, start)
     assert "(deslant = False, here True): it knows strokes" in caplog.text
 
 

@@ -25,7 +25,6 @@ MAX_IMAGE_SIDE = 65_500  # the most that JPEG can have
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
 # Raised when the same image and the same settings give other pixels than before, here or in core/cutting.py.
 _NORMALISATION_VERSION = 5
-_SURELY = 1.25  # blank paper has as much light grain as dark; no line of writing comes near this
 _PIXELS_AT_A_TIME = 4_000_000  # that are brought to grey together
 _MAX_FRAMES = 100  # of a TIFF, that are looked at
 _ANGLES = np.arange(-45, 50, 5)  # degrees of slant that are told apart
@@ -285,13 +284,17 @@ def normalise_line(grey: np.ndarray, config: ImageConfig) -> NormalisedLine:
 
 
 def _is_light_on_dark(grey: np.ndarray) -> bool:
-    """Whether strokes are lighter than what is around them, by a local median: it follows shadows and masks."""
+    """Whether this is a negative, by two signs that err on different lines: most are none, so both must say so."""
+    # That paper is more than ink fails where a mask, a shadow or a glare is most of the line.
+    low, middle, high = _percentiles(grey, 1, 50, 99)
+    if middle - low + 8 >= high - middle:  # of blank paper, grain alone decides which of the two is larger
+        return False
+    # That strokes are narrower than what is around them fails where bold letters are cropped tightly. At this size the
+    # window of the median, a quarter of the height, is wider than most strokes and narrower than shadows.
     height, width = grey.shape
-    # At this size the window of the median, a quarter of the height, is wider than a stroke and narrower than a shadow.
     small = cv2.resize(grey, (max(round(21 * width / height), 1), 21), interpolation=cv2.INTER_AREA)
     around = cv2.medianBlur(small, 5)
-    lighter, darker = (float(cv2.subtract(*pair).sum()) for pair in ((small, around), (around, small)))
-    return lighter > _SURELY * darker
+    return float(cv2.subtract(small, around).sum()) > float(cv2.subtract(around, small).sum())
 
 
 def _percentiles(values: np.ndarray, *shares: int) -> list[int]:

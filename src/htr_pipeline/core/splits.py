@@ -10,7 +10,7 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 FEWEST_WRITERS = len(SPLIT_NAMES)  # with fewer, a hand is in two splits
-FEWEST_PAGES = 10  # with fewer, a page is too large a share of one or two hands to go to the test as a whole
+FEWEST_PAGES = 20  # with fewer, a page is too large a share of one or two hands to go to the test as a whole
 NO_NEW_HANDS = "its CER says nothing about new hands"  # part of a warning
 
 

@@ -127,7 +127,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             arrays = {name: file[name] for name in file.files if name != "header"}
             if _hash(arrays) != header["sha256"]:
                 raise ValueError("the arrays are not those that were saved")
-            return {name: header[name] for name in ("fingerprint", "settings", "state")}, arrays
+            return {"settings": {}} | {name: header[name] for name in header if name != "sha256"}, arrays
     except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
         raise UserError(f"{path}: this checkpoint is damaged ({exc!r}). Remove it to train anew.") from None
 

@@ -45,6 +45,7 @@ MANIFEST = _schema(
         _required("content_hash", pa.string()),  # of the image; for a line on a page, of its polygon and baseline too
         pa.field("group", pa.string()),  # anything to break results down by: font, hand, collection
         pa.field("image_hash", pa.string()),  # core.image.perceptual_hash, 32 hexadecimal digits
+        pa.field("grey_range", pa.int32()),  # of the line, 0 to 255: the brightest pixel less the darkest
     ],
 )
 

@@ -66,7 +66,7 @@ class StartingPoint:
         """The network.
 
         Raises:
-            UserError: it has other classes than its charset.
+            UserError: it has other classes than its charset, or the provenance beside it is of another network.
         """
         model = KerasModel(str(self.model_path)).load()
         classes, expected = model.outputs[0].shape[-1], self.charset().num_classes
@@ -74,6 +74,13 @@ class StartingPoint:
             raise UserError(
                 f"{self.model_path} has {classes} classes, and {self.charset_path} makes {expected}: "
                 "these two files do not belong together."
+            )
+        from htr_pipeline.core.model import weights_hash
+
+        if self.provenance().get("model_hash", found := weights_hash(model)) != found:
+            raise UserError(
+                f"{self.model_path.parent / PROVENANCE} is of another network than {self.model_path.name} beside it. "
+                "Copy the one that lies beside that network, or remove it."
             )
         return model
 
@@ -131,9 +138,15 @@ def make_provenance(
     }
 
 
-def num_learnt(provenance: Mapping[str, Any], content_hashes: Iterable[str]) -> int:
-    """How many of the lines the network was trained on, itself or by the networks that it started from."""
-    learnt = set(provenance.get("learnt_lines", []))
+def num_learnt(provenance: Mapping[str, Any], content_hashes: Iterable[str], training: Iterable[str]) -> int:
+    """How many of the lines the network was trained on, itself or by the networks that it started from.
+
+    Args:
+        provenance: of the network.
+        content_hashes: of the lines.
+        training: of the present training lines. The same image among both is another matter, which validation reports.
+    """
+    learnt = set(provenance.get("learnt_lines", [])) - {content_hash[:_HASH_DIGITS] for content_hash in training}
     return sum(content_hash[:_HASH_DIGITS] in learnt for content_hash in content_hashes)
 
 

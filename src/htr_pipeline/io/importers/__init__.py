@@ -366,6 +366,7 @@ def _finish(
         "height_pixels": grey.shape[0],
         "content_hash": content_hash,
         "image_hash": f"{perceptual_hash(grey):032x}",
+        "grey_range": int(grey.max()) - int(grey.min()),
         "group": row.get("group") or None,
     }
 

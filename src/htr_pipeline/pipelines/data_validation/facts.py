@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 from htr_pipeline.core.characters import describe_characters, is_debris, is_invisible, look_alike_words, plain_form
 from htr_pipeline.core.image import ImageConfig, find_near_duplicates, num_frames, scaled_width
 from htr_pipeline.core.splits import FEWEST_WRITERS
-from htr_pipeline.core.text import UNICODE_FORMS, required_frames
+from htr_pipeline.core.text import required_frames
 from htr_pipeline.io.manifest import id_prefixes
 from htr_pipeline.pipelines.data_validation.expectations import ValidationConfig
 
 _COLUMNS = ["line_id", "page_id", "writer_id", "split", "text", "image_path"]
-_COLUMNS += ["width_pixels", "height_pixels", "content_hash", "image_hash"]
+_COLUMNS += ["width_pixels", "height_pixels", "content_hash", "image_hash", "grey_range"]
 # The width of fewer characters says more about the margins than about the hand.
 _MIN_CHARACTERS_FOR_WIDTH = 5
 # Of fewer lines no norm of the writer can be told.
@@ -118,8 +118,8 @@ def _strings(column: pa.ChunkedArray) -> Iterator[str]:
 
 def _add_characters(frame: pd.DataFrame, lines: pa.Table, config: ValidationConfig) -> None:
     texts, allowed = lines["text"], config.allowed_characters
-    if allowed is not None:  # in whatever form the configuration has them; a blank parts words
-        allowed = {" "}.union(allowed, *(unicodedata.normalize(form, allowed) for form in UNICODE_FORMS))
+    if allowed is not None:  # also typed as letter and accent; a blank parts words
+        allowed = {" "}.union(allowed, unicodedata.normalize("NFC", allowed))
     everywhere = count_characters(texts)
     trained = count_characters(texts.filter(pc.equal(lines["split"], "train")))
     unknown = {c for c in everywhere if is_debris(c) or (allowed is not None and c not in allowed)}

@@ -222,13 +222,14 @@ def measure_errors(
     seen = set(figures.filter(pc.equal(figures["split"], "train"))["group"].to_pylist())
     grouped = test.dropna(subset="group")
     known = Charset.from_json(charset)
-    learnt = {split: num_learnt(provenance, features.content_hashes(split)) for split in _SPLITS}
+    hashes = {split: features.content_hashes(split) for split in ("train", *_SPLITS)}
+    learnt = {split: num_learnt(provenance, hashes[split], hashes["train"]) for split in _SPLITS}
     for split, num in learnt.items():
         if num:
             logger.warning(
-                "The network was trained on %d of the %s lines, itself or by the network that it started from: its "
-                "figures on them say nothing about new lines. Keep to the splits of then, give them in the source, or "
-                "start from another network.", num, split,
+                "The network that this one started from was trained on %d of the %d %s lines: its figures on them say "
+                "nothing about new lines. Keep to the splits of then, give them in the source, or start from another "
+                "network.", num, len(hashes[split]), split,
             )  # fmt: skip
     outside = Counter("".join(test["reference"]))
     return {

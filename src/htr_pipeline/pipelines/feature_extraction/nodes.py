@@ -26,7 +26,6 @@ def summarise_features(features: FeatureShards, config: ImageConfig) -> dict[str
     return {
         "data_hash": features.data_hash(),
         "height_pixels": config.height_pixels,
-        "settings": features.settings(),
         "num_lines": {split: len(part) for split, part in by_split.items()},
         "num_bytes": features.num_bytes(),
         **{name: _distribution(table[name].to_numpy()) for name in _MEASURED},

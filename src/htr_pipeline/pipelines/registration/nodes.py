@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 # Lines whose images are in memory at the same time.
 _LINES_AT_A_TIME = 256
+# Share of the test lines that a network may have learnt before its CER on them says nothing: of fewer it is better by
+# no more than that share.
+_MOST_LEARNT = 0.01
 # What the model needs where it is loaded; everything else of the project's requirements is for training.
 _REQUIREMENTS = ("keras", "numba", "numpy", "opencv-python-headless", "pandas", "pillow", "rapidfuzz")
 
@@ -95,10 +98,11 @@ def register_model(
     is_own = champion is not None and str(champion.version) == number  # the run was killed behind that
     champion = None if is_own else champion
     champion_cer, problem = _champion_cer(champion, features, manifest, metrics) if champion else (None, None)
-    if champion and metrics["learnt_lines"]["test"]:
+    learnt, num_lines = metrics["learnt_lines"]["test"], metrics["splits"]["test"][headline["decoder"]]["num_lines"]
+    if champion and learnt > _MOST_LEARNT * num_lines:
         problem = (
-            f"{metrics['learnt_lines']['test']} of the test lines were lines that this network was trained on, so that "
-            f"its CER says nothing; version {champion.version} stays champion"
+            f"{learnt} of the {num_lines} test lines were training lines of the network that this one started from, so "
+            f"that its CER says nothing; version {champion.version} stays champion"
         )
     if number is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +189,8 @@ def _champion_cer(
     import mlflow
 
     known = champion.tags.get("test_hash") == metrics["test_hash"]
-    known = known and champion.tags.get("learnt_test_lines", "0") == "0"
+    score = metrics["splits"]["test"][metrics["headline"]["decoder"]]
+    known = known and int(champion.tags.get("learnt_test_lines", "0")) <= _MOST_LEARNT * score["num_lines"]
     if known and champion.tags.get("signature") == metrics["signature"]:
         return float(champion.tags["cer"]), None
     logger.info("The champion (version %s) was measured on other lines: it reads the present ones.", champion.version)
@@ -204,22 +209,23 @@ def _champion_cer(
     texts: list[str | None] = []
     try:
         reader = mlflow.pyfunc.load_model(f"models:/{champion.name}/{champion.version}")
-        num = num_learnt(getattr(reader.unwrap_python_model(), "provenance", {}), lines["content_hash"].to_pylist())
-        while not num and (some := list(islice(images, _LINES_AT_A_TIME))):
+        provenance = getattr(reader.unwrap_python_model(), "provenance", {})
+        num = num_learnt(provenance, features.content_hashes(split), features.content_hashes("train"))
+        while num <= _MOST_LEARNT * len(lines) and (some := list(islice(images, _LINES_AT_A_TIME))):
             texts += reader.predict(pd.DataFrame({"image": some}))["text"].tolist()
     except UserError:
         raise
     except Exception as exc:  # files that are gone, libraries that do not fit: the new model is worth keeping anyhow
         problem = f"version {champion.version} stays champion, but could not read lines, from {champion.source} ({exc})"
         return None, problem
-    if num:
+    if num > _MOST_LEARNT * len(lines):
         return None, (
             f"version {champion.version} stays champion, but was trained on {num} of the {len(lines)} {split} lines, "
             "so that the two cannot be compared on them"
         )
-    if unread := texts.count(None):
+    if unread := sum(not isinstance(text, str) for text in texts):  # None, or pandas' NaN
         logger.warning("The champion could not read %d of the lines, which count as empty.", unread)
-    return score_lines(lines["text"].to_pylist(), [text or "" for text in texts]).cer, None
+    return score_lines(lines["text"].to_pylist(), [text if isinstance(text, str) else "" for text in texts]).cer, None
 
 
 def _reason(cer: float, champion_cer: float | None, champion: Any | None, split: str) -> str:

@@ -169,10 +169,10 @@ def _warnings(
             f"The {split} lines are by {len(writers)} writers only: the interval is over lines and says little of "
             "others."
         )
-    if learnt := metrics["learnt_lines"][split]:
+    if learnt := metrics.get("learnt_lines", {}).get(split):  # tables of before 0.1.0 lack it
         warnings.append(
-            f"{learnt} of the {len(lines)} {split} lines were training lines of this network or of the one that it "
-            "started from: the figures say nothing about new lines."
+            f"{learnt} of the {len(lines)} {split} lines were training lines of the network that this one started "
+            "from: on them the figures say nothing about new lines."
         )
     if metrics["data_hash"] != feature_stats["data_hash"]:
         warnings.append(

@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -56,13 +56,15 @@ def collect_charset(features: FeatureShards, training: TrainingConfig, checkpoin
     if training.start_from and Path(training.start_from).resolve() in written:
         raise UserError(
             f"training.start_from = {training.start_from!r} is the folder that this training writes to. Copy its "
-            "model.keras and charset.json to another one, or start from the registered model: models:/NAME@ALIAS."
+            "model.keras, charset.json and provenance.json to another one, or start from the registered model: "
+            "models:/NAME@ALIAS."
         )
     texts = _training_texts(features)
     charset = Charset.from_texts(texts)
-    if not training.start_from:
+    start = find_start(training, checkpoint, features.data_hash())
+    if not start:
         return charset.to_json()
-    known = StartingPoint.find(training.start_from).charset()
+    known = start.charset()
     new, unused = charset.unknown("".join(known.characters)), known.unknown("".join(charset.characters))
     if training.start_charset == "fail" and unused:
         raise UserError(
@@ -172,13 +174,15 @@ def train(
         logger.info("Each batch of %d lines is shared by %d devices.", training.batch_size, distribution.num_replicas)
     classes = Charset.from_json(charset)
     settings = {
-        "data": feature_stats["data_hash"],
+        "set of lines": feature_stats["data_hash"],
         "charset": charset_hash(charset),
         **{f"version of {package}": version(package) for package in ("htr-pipeline", "keras", "numpy")},
     }
     for block, values in {"model": model, "augmentation": augmentation, "training": training}.items():
         settings |= {f"{block}.{name}": value for name, value in asdict(values).items()}
-    start = _start(json.loads(json.dumps(settings)), Path(checkpoint.path))
+    start = find_start(training, checkpoint, feature_stats["data_hash"])
+    if start and start.name != training.start_from:
+        logger.info("%s is %s.", training.start_from, start.name)
     settings["network to start from"] = start.content_hash() if start else None
     # The network's content, not its name: two names may be of one network.
     del settings["training.start_from"]
@@ -190,7 +194,7 @@ def train(
         "NumPy. Give all of them the same features and the same --params.",
     )
     with distribution.scope():
-        network = build_network(model, training, classes, feature_stats, start)
+        network = build_network(model, training, classes, feature_stats, features.settings(), start)
 
     def read_training_lines(rng: np.random.Generator) -> Iterator[Line]:
         return features.lines("train", rng)
@@ -240,7 +244,7 @@ def train(
         "num_validation_lines": str(len(validation_lines)),
     }
     provenance = make_provenance(
-        metadata["model_hash"], charset, feature_stats["settings"], features.content_hashes("train"), start
+        metadata["model_hash"], charset, features.settings(), features.content_hashes("train"), start
     )
     return trained.model, to_table(trained.history, HISTORY, metadata), provenance
 
@@ -250,21 +254,20 @@ def _names(training: TrainingConfig, start: StartingPoint | None) -> dict[str, A
     return {"training.start_from": training.start_from, "start": start.name if start else None}
 
 
-def _start(settings: Mapping[str, Any], checkpoint: Path) -> StartingPoint | None:
-    """The network to start from; where a training of these settings was stopped, the one that it started from.
+def find_start(training: TrainingConfig, checkpoint: CheckpointConfig, data_hash: str) -> StartingPoint | None:
+    """The network to start from; where a training on these lines was stopped, the one that it started from.
 
     An alias may have moved since, as after a run that was killed behind the registration of its own model.
     """
-    name = settings["training.start_from"]
+    name = training.start_from
     if not name:
         return None
     start = StartingPoint.find(name)
-    for stored in stored_settings(checkpoint):
-        if start.name != name and all(stored.get(key) == value for key, value in settings.items()):
+    wanted = {f"training.{key}": value for key, value in asdict(training).items()} | {"set of lines": data_hash}
+    for stored in stored_settings(Path(checkpoint.path)):
+        if start.name != name and all(stored.get(key) == value for key, value in wanted.items()):
             with contextlib.suppress(UserError):  # the version is gone
                 start = StartingPoint.find(stored["start"])
-    if start.name != name:
-        logger.info("%s is %s.", name, start.name)
     return start
 
 
@@ -273,6 +276,7 @@ def build_network(
     training: TrainingConfig,
     charset: Charset,
     feature_stats: dict[str, Any],
+    feature_settings: dict[str, Any],
     start: StartingPoint | None,
 ) -> Any:
     """The network to begin with: new, or with the weights of the one to start from. Logs its size and cost."""
@@ -282,8 +286,14 @@ def build_network(
     if start:
         trained = start.model()
         copy_weights(trained, start.charset(), network, charset)
-        theirs = start.provenance().get("feature_settings", {}) | {"height_pixels": trained.inputs[0].shape[-1]}
-        if different := differing_settings(theirs, feature_stats["settings"]):
+        provenance = start.provenance()
+        if not provenance:
+            logger.warning(
+                "%r has no provenance.json: whether it was trained on lines of the present test, and with which "
+                "settings of features, cannot be told.", training.start_from
+            )  # fmt: skip
+        theirs = provenance.get("feature_settings", {}) | {"height_pixels": trained.inputs[0].shape[-1]}
+        if different := differing_settings(theirs, feature_settings):
             logger.warning(
                 "%r was trained on lines that were made with other settings of features (%s): it knows strokes of "
                 "another kind. Set them as it had them.", training.start_from, "; ".join(different)
@@ -359,7 +369,7 @@ def check_training_batch(
     charset = Charset.from_json(collect_charset(features, training, checkpoint))
     start = StartingPoint.find(training.start_from) if training.start_from else None
     model = replace(model, column_dropout=0.0, recurrent_dropout=0.0)
-    network = build_network(model, training, charset, feature_stats, start)
+    network = build_network(model, training, charset, feature_stats, features.settings(), start)
     with tqdm(desc="Steps", unit="") as bar:
 
         def show(steps: int, cer: float) -> None:
