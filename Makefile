@@ -26,7 +26,7 @@ run: $(INSTALLED) ## the main job on the demo data: from rendered handwriting to
 	$(BIN)/kedro run
 
 test: $(INSTALLED) ## all tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED) ## ruff, import contracts, mypy on core and io
 	$(BIN)/ruff check .
