@@ -204,7 +204,6 @@ def _champion_cer(
             f"The {split} lines of the manifest are not those that the new model was measured on: the champion cannot "
             "be measured on them. Bring all up to date: kedro run --from-nodes extract_features"
         )
-    # Read outside of what is forgiven: an image that is gone is no fault of the champion.
     images = (_png(grey) for _, grey in line_images(lines.to_pylist(), image_roots(manifest)))
     texts: list[str | None] = []
     try:
@@ -213,7 +212,7 @@ def _champion_cer(
         num = num_learnt(provenance, features.content_hashes(split), features.content_hashes("train"))
         while num <= _MOST_LEARNT * len(lines) and (some := list(islice(images, _LINES_AT_A_TIME))):
             texts += reader.predict(pd.DataFrame({"image": some}))["text"].tolist()
-    except UserError:
+    except UserError:  # an image that is gone is no fault of the champion
         raise
     except Exception as exc:  # files that are gone, libraries that do not fit: the new model is worth keeping anyhow
         problem = f"version {champion.version} stays champion, but could not read lines, from {champion.source} ({exc})"
