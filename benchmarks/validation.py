@@ -78,6 +78,7 @@ def make_manifest(num_lines):
         "content_hash": content_hash,
         "group": pa.nulls(num_lines, pa.string()),
         "image_hash": image_hash,
+        "grey_range": np.full(num_lines, 200),
     }
     schema = MANIFEST.with_metadata({"image_roots": json.dumps({"synthetic": "/nowhere"})})  # there are no images
     return pa.table([pa.array(columns[field.name], field.type) for field in MANIFEST], schema=schema)
