@@ -15,7 +15,7 @@ from htr_pipeline.core.image import ImageConfig, pixel_settings
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.recipe import DECODERS, DecodingConfig, ModelConfig
 from htr_pipeline.core.text import Charset
-from htr_pipeline.io.manifest import FEATURES, PREDICTIONS, to_table
+from htr_pipeline.io.manifest import FEATURES, PREDICTIONS, SPLITS, to_table
 from htr_pipeline.io.starting_point import make_provenance
 from htr_pipeline.pipelines.evaluation.nodes import (
     EvaluationConfig,
@@ -36,8 +36,9 @@ class FewLines:
     def figures(self):
         return self._table.drop_columns(["pixels"])
 
-    def content_hashes(self, split):
-        return [row["content_hash"] for row in self._table.to_pylist() if row["split"] == split]
+    def content_hashes(self):
+        rows = self._table.to_pylist()
+        return {split: [row["content_hash"] for row in rows if row["split"] == split] for split in SPLITS}
 
     def settings(self):
         return pixel_settings(ImageConfig(height_pixels=32))

@@ -29,30 +29,36 @@ class _FileDataset(AbstractDataset):
     def _describe(self) -> dict[str, Any]:
         return {"filepath": str(self._filepath)}
 
-    def _missing(self) -> UserError:
-        return UserError(
-            f"{self._filepath}: there is no such file. It is made by an earlier pipeline: `kedro run` runs them all, "
-            "`kedro run --only-missing-outputs` those whose results are missing."
-        )
+    def load(self) -> Any:
+        """Reads the file.
 
-    def _damaged(self, exc: Exception) -> UserError:
-        return UserError(
-            f"{self._filepath}: cannot be read ({exc}). If it is damaged, remove it: "
-            "`kedro run --only-missing-outputs` makes it again."
-        )
+        Raises:
+            UserError: it is not there, or damaged.
+        """
+        if not self._filepath.exists():
+            raise UserError(
+                f"{self._filepath}: there is no such file. It is made by an earlier pipeline: `kedro run` runs them "
+                "all, `kedro run --only-missing-outputs` those whose results are missing."
+            )
+        try:
+            return self._read()
+        except UserError:
+            raise
+        except (OSError, ValueError, pa.ArrowException) as exc:
+            raise UserError(
+                f"{self._filepath}: cannot be read ({exc}). If it is damaged, remove it: "
+                "`kedro run --only-missing-outputs` makes it again."
+            ) from exc
+
+    def _read(self) -> Any:
+        raise NotImplementedError
 
 
 class ParquetTable(_FileDataset):
     """A pyarrow.Table in one Parquet file, its schema's metadata kept."""
 
-    def load(self) -> pa.Table:
-        """Reads the file."""
-        if not self._filepath.exists():
-            raise self._missing()
-        try:
-            return pq.read_table(self._filepath, partitioning=None)
-        except (pa.ArrowException, OSError) as exc:
-            raise self._damaged(exc) from exc
+    def _read(self) -> pa.Table:
+        return pq.read_table(self._filepath, partitioning=None)
 
     def save(self, data: pa.Table) -> None:
         """Writes the file, ZSTD-compressed."""
@@ -63,14 +69,8 @@ class ParquetTable(_FileDataset):
 class JsonDocument(_FileDataset):
     """Mappings and lists in one JSON file."""
 
-    def load(self) -> Any:
-        """Reads the file."""
-        if not self._filepath.exists():
-            raise self._missing()
-        try:
-            return json.loads(self._filepath.read_text(encoding="utf-8"))
-        except ValueError as exc:
-            raise self._damaged(exc) from exc
+    def _read(self) -> Any:
+        return json.loads(self._filepath.read_text(encoding="utf-8"))
 
     def save(self, data: Any) -> None:
         """Writes the file, keys in the order given."""
@@ -81,10 +81,7 @@ class JsonDocument(_FileDataset):
 class TextDocument(_FileDataset):
     """A string in one UTF-8 file."""
 
-    def load(self) -> str:
-        """Reads the file."""
-        if not self._filepath.exists():
-            raise self._missing()
+    def _read(self) -> str:
         return self._filepath.read_text(encoding="utf-8")
 
     def save(self, data: str) -> None:
@@ -96,14 +93,12 @@ class TextDocument(_FileDataset):
 class KerasModel(_FileDataset):
     """A Keras model in one .keras file."""
 
-    def load(self) -> Any:
-        """Reads the model; its layers come from core.model, nothing is unpickled."""
-        if not self._filepath.exists():
-            raise self._missing()
+    def _read(self) -> Any:
         import keras
 
         import htr_pipeline.core.model  # noqa: F401  registers the layers
 
+        # Nothing is unpickled.
         return keras.models.load_model(self._filepath, compile=False, safe_mode=True)
 
     def save(self, data: Any) -> None:
@@ -115,10 +110,7 @@ class KerasModel(_FileDataset):
 class LanguageModel(_FileDataset):
     """An n-gram model of characters or words in one .npz file."""
 
-    def load(self) -> Any:
-        """Reads the model; nothing is unpickled."""
-        if not self._filepath.exists():
-            raise self._missing()
+    def _read(self) -> Any:
         from htr_pipeline.core.ctc.language_model import load_language_model
 
         return load_language_model(self._filepath)
@@ -132,10 +124,7 @@ class LanguageModel(_FileDataset):
 class LineFeatures(_FileDataset):
     """A folder of Parquet shards of line images; saving makes the shards, loading gives access to them."""
 
-    def load(self) -> FeatureShards:
-        """Opens the folder."""
-        if not self._filepath.exists():
-            raise self._missing()
+    def _read(self) -> FeatureShards:
         return FeatureShards(self._filepath)
 
     def save(self, data: Any) -> None:

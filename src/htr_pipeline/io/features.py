@@ -212,10 +212,11 @@ class FeatureShards:
                 return settings
         return {}
 
-    def content_hashes(self, split: str) -> list[str]:
-        """Those of the lines of a split, in the order of the shards."""
-        hashes = self.figures().filter(pc.field("split") == split)["content_hash"]
-        return [str(content_hash) for content_hash in hashes]
+    def content_hashes(self) -> dict[str, list[str]]:
+        """Those of the lines of each split, in the order of the shards."""
+        figures = self.figures()
+        parts = {split: figures.filter(pc.field("split") == split) for split in SPLITS}
+        return {split: list(map(str, part["content_hash"].to_pylist())) for split, part in parts.items()}
 
     def num_bytes(self) -> int:
         """Size of all shards."""

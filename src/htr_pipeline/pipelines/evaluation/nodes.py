@@ -222,7 +222,7 @@ def measure_errors(
     seen = set(figures.filter(pc.equal(figures["split"], "train"))["group"].to_pylist())
     grouped = test.dropna(subset="group")
     known = Charset.from_json(charset)
-    hashes = {split: features.content_hashes(split) for split in ("train", *_SPLITS)}
+    hashes = features.content_hashes()
     learnt = {split: num_learnt(provenance, hashes[split], hashes["train"]) for split in _SPLITS}
     for split, num in learnt.items():
         if num:

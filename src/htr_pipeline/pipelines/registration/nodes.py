@@ -188,13 +188,12 @@ def _champion_cer(
     """
     import mlflow
 
-    known = champion.tags.get("test_hash") == metrics["test_hash"]
-    score = metrics["splits"]["test"][metrics["headline"]["decoder"]]
-    known = known and int(champion.tags.get("learnt_test_lines", "0")) <= _MOST_LEARNT * score["num_lines"]
-    if known and champion.tags.get("signature") == metrics["signature"]:
+    split = metrics["headline"]["split"]
+    most_learnt = _MOST_LEARNT * metrics["splits"][split][metrics["headline"]["decoder"]]["num_lines"]
+    known = all(champion.tags.get(tag) == metrics[tag] for tag in ("test_hash", "signature"))
+    if known and int(champion.tags.get("learnt_test_lines", "0")) <= most_learnt:
         return float(champion.tags["cer"]), None
     logger.info("The champion (version %s) was measured on other lines: it reads the present ones.", champion.version)
-    split = metrics["headline"]["split"]
     lines = manifest.filter(pc.equal(manifest["split"], split))
     figures = features.figures()
     measured = figures.filter(pc.equal(figures["split"], split))
@@ -209,15 +208,16 @@ def _champion_cer(
     try:
         reader = mlflow.pyfunc.load_model(f"models:/{champion.name}/{champion.version}")
         provenance = getattr(reader.unwrap_python_model(), "provenance", {})
-        num = num_learnt(provenance, features.content_hashes(split), features.content_hashes("train"))
-        while num <= _MOST_LEARNT * len(lines) and (some := list(islice(images, _LINES_AT_A_TIME))):
+        hashes = features.content_hashes()
+        num = num_learnt(provenance, hashes[split], hashes["train"])
+        while num <= most_learnt and (some := list(islice(images, _LINES_AT_A_TIME))):
             texts += reader.predict(pd.DataFrame({"image": some}))["text"].tolist()
     except UserError:  # an image that is gone is no fault of the champion
         raise
     except Exception as exc:  # files that are gone, libraries that do not fit: the new model is worth keeping anyhow
         problem = f"version {champion.version} stays champion, but could not read lines, from {champion.source} ({exc})"
         return None, problem
-    if num > _MOST_LEARNT * len(lines):
+    if num > most_learnt:
         return None, (
             f"version {champion.version} stays champion, but was trained on {num} of the {len(lines)} {split} lines, "
             "so that the two cannot be compared on them"

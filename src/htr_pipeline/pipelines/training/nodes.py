@@ -178,14 +178,15 @@ def train(
         "charset": charset_hash(charset),
         **{f"version of {package}": version(package) for package in ("htr-pipeline", "keras", "numpy")},
     }
-    for block, values in {"model": model, "augmentation": augmentation, "training": training}.items():
+    # The content of the network to start from, not its name: two names may be of one network.
+    blocks = {"model": model, "augmentation": augmentation, "training": replace(training, start_from=None)}
+    for block, values in blocks.items():
         settings |= {f"{block}.{name}": value for name, value in asdict(values).items()}
     start = find_start(training, checkpoint, feature_stats["data_hash"])
     if start and start.name != training.start_from:
         logger.info("%s is %s.", training.start_from, start.name)
     settings["network to start from"] = start.content_hash() if start else None
-    # The network's content, not its name: two names may be of one network.
-    del settings["training.start_from"]
+    names = {"training.start_from": training.start_from, "start": start.name if start else None}
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     distribution.require_equal(
         fingerprint,
@@ -213,7 +214,7 @@ def train(
             classes,
             augmentation=augmentation,
             config=training,
-            checkpoints=FileCheckpoints(Path(checkpoint.path), fingerprint, settings | _names(training, start)),
+            checkpoints=FileCheckpoints(Path(checkpoint.path), fingerprint, settings | names),
             progress=progress,
             distribution=distribution,
         )
@@ -244,14 +245,9 @@ def train(
         "num_validation_lines": str(len(validation_lines)),
     }
     provenance = make_provenance(
-        metadata["model_hash"], charset, features.settings(), features.content_hashes("train"), start
+        metadata["model_hash"], charset, features.settings(), features.content_hashes()["train"], start
     )
     return trained.model, to_table(trained.history, HISTORY, metadata), provenance
-
-
-def _names(training: TrainingConfig, start: StartingPoint | None) -> dict[str, Any]:
-    """What the network to start from is called: in the settings, and, in place of an alias, its version."""
-    return {"training.start_from": training.start_from, "start": start.name if start else None}
 
 
 def find_start(training: TrainingConfig, checkpoint: CheckpointConfig, data_hash: str) -> StartingPoint | None:
@@ -263,11 +259,13 @@ def find_start(training: TrainingConfig, checkpoint: CheckpointConfig, data_hash
     if not name:
         return None
     start = StartingPoint.find(name)
+    if start.name == name:  # no alias
+        return start
     wanted = {f"training.{key}": value for key, value in asdict(training).items()} | {"set of lines": data_hash}
     for stored in stored_settings(Path(checkpoint.path)):
-        if start.name != name and all(stored.get(key) == value for key, value in wanted.items()):
+        if all(stored.get(key) == value for key, value in wanted.items()):
             with contextlib.suppress(UserError):  # the version is gone
-                start = StartingPoint.find(stored["start"])
+                return StartingPoint.find(stored["start"])
     return start
 
 
