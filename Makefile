@@ -49,9 +49,11 @@ bench: $(INSTALLED) ## benchmarks beside what else is installed
 ui: $(INSTALLED) ## MLflow's pages on http://127.0.0.1:5000: runs, models, reports
 	$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
+serve: MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
+serve: MODEL ?= models:/htr@champion
 serve: $(INSTALLED) ## the champion on http://127.0.0.1:5001/invocations: line images in, texts out (README)
-	@test -f mlflow.db || { echo "There is no model yet: make run trains and registers one."; exit 1; }
-	PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=sqlite:///mlflow.db $(BIN)/mlflow models serve -m models:/htr@champion --env-manager local --host 127.0.0.1 --port 5001
+	@test "$(MLFLOW_TRACKING_URI)" != sqlite:///mlflow.db || test -f mlflow.db || { echo "There is no model yet: make run trains and registers one."; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI="$(MLFLOW_TRACKING_URI)" $(BIN)/mlflow models serve -m $(MODEL) --env-manager local --host 127.0.0.1 --port 5001
 
 viz: $(INSTALLED) ## the pipelines drawn by kedro-viz on http://127.0.0.1:4141
 	$(BIN)/kedro viz run --host 127.0.0.1 --port 4141
@@ -60,5 +62,5 @@ lock: $(INSTALLED) ## resolve the newest releases into the lock files
 	$(BIN)/uv pip compile pyproject.toml --all-extras $(LOCK_OPTIONS) -o requirements.lock
 	$(BIN)/uv pip compile benchmarks/requirements.in -c requirements.lock $(LOCK_OPTIONS) -o benchmarks/requirements.lock
 
-clean: ## remove results, runs and models (not the sources)
-	rm -rf data/0* data/.lock data/.mlflow_run.json mlflow.db mlartifacts
+clean: ## remove results, runs and models (not the sources in data/01_raw)
+	rm -rf data/0[2-8]* data/01_raw/demo data/01_raw/unpacked data/.lock data/.mlflow_run.json mlflow.db mlartifacts

@@ -1,6 +1,8 @@
 """What the documents promise in code."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from htr_pipeline.core.ctc.decoding import beam_search
 from htr_pipeline.core.ctc.language_model import CharacterNGram
 from htr_pipeline.core.text import Charset
 
+ROOT = Path(__file__).parents[1]
 DECODING = Path(__file__).parents[1] / "docs" / "decoding.md"
 
 
@@ -29,3 +32,20 @@ def test_network_output_and_arpa_file_are_decoded_in_five_lines(tmp_path, monkey
         {"np": np, "Path": Path, "Charset": Charset, "CharacterNGram": CharacterNGram, "beam_search": beam_search},
     )
     assert capsys.readouterr().out == f"{[text, text]}\n"
+
+
+def test_make_clean_leaves_the_sources(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    kept = ["data/README.md", "data/01_raw/mine/line.png", "data/01_raw/mine.tsv"]
+    removed = [
+        "data/01_raw/demo/a.png",
+        "data/02_intermediate/manifest.parquet",
+        "data/08_reporting/report.html",
+        "mlflow.db",
+    ]
+    for name in kept + removed:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    left = (path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert sorted(left) == sorted(["Makefile", *kept])

@@ -6,7 +6,7 @@ from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Node, Pipeline
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.hooks import CheckpointHook, LockHook
+from htr_pipeline.hooks import CheckpointHook, LockHook, _command
 from htr_pipeline.io.checkpoints import FileCheckpoints
 from htr_pipeline.pipelines.training.nodes import CheckpointConfig
 
@@ -42,3 +42,19 @@ def test_checkpoint_of_a_complete_training_is_removed_after_the_run(tmp_path, ou
     pipeline = Pipeline([Node(lambda: None, None, output)])
     CheckpointHook().after_pipeline_run(pipeline, catalog)
     assert path.exists() is stays
+
+
+def test_the_command_of_a_run_starts_it_again():
+    asked = {
+        "env": "test",
+        "tags": ("a b", "c"),
+        "from_inputs": ["features"],
+        "only_missing_outputs": True,
+        "runtime_params": {"training": {"epochs": 3}, "report": {"title": "My lines"}},
+    }
+    command = "kedro run --env test --tags 'a b,c' --from-inputs features --only-missing-outputs"
+    assert _command(asked) == f"{command} --params 'training.epochs=3,report.title=My lines'"
+    fonts = {"demo": {"heldout_fonts": ["delius", "satisfy"]}}
+    assert (
+        _command({"runtime_params": fonts}) == "kedro run  # and demo.heldout_fonts, whose commas --params cannot hold"
+    )

@@ -376,7 +376,7 @@ def test_a_network_that_was_not_measured_is_not_registered_with_figures_of_anoth
     assert "kedro run --env test --from-nodes read_lines --params training.epochs=1" in page
 
 
-def registered(project, run_id=None, **features):
+def registered(project, run_id=None, alias="champion", **features):
     """What the node of the registration gives, within this process, which saves half a minute of imports a test."""
     import mlflow
 
@@ -385,12 +385,16 @@ def registered(project, run_id=None, **features):
         {name: entry | {"filepath": str(project / entry["filepath"])} for name, entry in entries.items()}
     )
     tables["params:features"] = MemoryDataset(ImageConfig(**{"height_pixels": 32} | features))
-    tables["params:registration"] = MemoryDataset(RegistrationConfig())
+    tables["params:registration"] = MemoryDataset(RegistrationConfig(alias=alias))
     (node,) = registration.create_pipeline().nodes
+    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{project / 'mlflow.db'}")
-    mlflow.set_experiment("htr_pipeline")
-    with contextlib.chdir(project), mlflow.start_run(run_id=run_id):
-        return node.run({name: tables.load(name) for name in node.inputs})["registration"]
+    try:
+        mlflow.set_experiment("htr_pipeline")
+        with contextlib.chdir(project), mlflow.start_run(run_id=run_id):
+            return node.run({name: tables.load(name) for name in node.inputs})["registration"]
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def num_versions(project):
@@ -412,6 +416,14 @@ def test_a_model_is_not_registered_with_other_settings_of_lines_than_it_was_meas
     with pytest.raises(UserError, match="other settings of features than this run has: binarise = False, here True"):
         registered(project, binarise=True)
     assert num_versions(project) == 1
+
+
+def test_another_alias_begins_anew_beside_the_champion(project):
+    result = registered(project, alias="production")
+    assert (result["version"], result["promoted"], result["reason"]) == ("2", True, "no version had this alias yet")
+    store = client(project)
+    aliases = {name: store.get_model_version_by_alias("htr", name).version for name in ("champion", "production")}
+    assert {name: str(version) for name, version in aliases.items()} == {"champion": "1", "production": "2"}
 
 
 def test_a_run_that_was_killed_behind_its_registration_does_not_register_again(project):
@@ -610,6 +622,25 @@ def test_paths_of_settings_mean_the_projects_folder_wherever_the_run_is_started(
     assert not list(folder.iterdir())
 
 
+def test_settings_of_the_machine_hold_with_an_environment_and_commands_join_one_mlflow_run(project):
+    settings = {"decoding": {"hot_words": {"l'État": 3.0}}, "report": {"title": "Mine"}}
+    (project / "conf/local/parameters.yml").write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+    store = client(project)
+    (first,) = mlflow_runs(project)
+    joined = store.create_run(first.info.experiment_id).info.run_id
+    for pipeline in ("data_validation", "reporting"):
+        command = [*KEDRO, "--pipeline", pipeline]
+        given = environment() | {"MLFLOW_RUN_ID": joined}
+        done = subprocess.run(command, cwd=project, env=given, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(mlflow_runs(project)) == 2
+    run = store.get_run(joined)
+    assert run.data.params["decoding.hot_words"] == '{"l\'État": 3.0}'
+    assert (run.data.params["report.title"], run.data.params["training.epochs"]) == ("Mine", "2")
+    assert run.data.tags["pipelines"] == "data_validation"
+    assert "<title>Mine" in artifact(run, "report.html")
+
+
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_what_is_killed_after_the_training_does_not_train_again(project, sign):
     paths, checkpoint = catalog(project), project / "data/06_models/checkpoint.npz"
@@ -715,14 +746,26 @@ def test_export_that_cannot_be_is_a_sentence(toy, tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_export_finds_the_sources_from_any_folder_and_writes_into_none(toy):
+    done = kedro_export(toy.project / "conf", "--format", "tsv", "--output", "../data/01_raw/demo/out")
+    assert done.returncode == 1
+    assert re.search(r"Error: .*data/01_raw/demo/out/lines\.tsv would lie in .*demo, which is a source", done.stderr)
+    assert not (toy.project / "data/01_raw/demo/out").exists()
+
+
 # --- one batch -------------------------------------------------------------------------------------------------------
 
 
-def test_check_batch_says_in_one_sentence_that_everything_fits(toy):
+def test_check_batch_says_in_one_sentence_that_everything_fits_from_a_registered_network_too(project):
+    (project / "mlflow.db").rename(project / "other.db")
+    settings = {"tracking_uri": "sqlite:///other.db"}
+    (project / "conf/local/mlflow.yml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     command = [sys.executable, "-m", "kedro", "check-batch", "--env", "test", "--seconds", "120"]
-    done = subprocess.run(command, cwd=toy.project, env=environment(), capture_output=True, text=True, timeout=300)
+    command += ["--params", "training.start_from=models:/htr@champion"]
+    done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Data, charset, lengths and loss fit together: 8 lines" in done.stdout
+    assert not (project / "mlflow.db").exists()
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from kedro.framework.cli.utils import _split_params
 from kedro.validation.exceptions import ParameterValidationError
 
 from htr_pipeline.core.config import UserError
+from htr_pipeline.hooks import tracking_uri
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How Kedro's ValueErrors begin about a pipeline, nodes and tags that there are not.
@@ -49,7 +50,8 @@ def errors_in_words() -> Iterator[None]:
                 raise click.ClickException(str(cause)) from exc
             if isinstance(cause, ParameterValidationError):
                 raise click.ClickException(_settings_message(cause)) from exc
-            if isinstance(cause, OSError) and (cause.errno in _FULL or "No space left" in str(cause)):
+            is_full = isinstance(cause, OSError) and (cause.errno in _FULL or "No space left" in str(cause))
+            if is_full or "database or disk is full" in str(cause):  # SQLite's words
                 raise click.ClickException(
                     f"There is no room left to write to ({cause}). Make room: the same command goes on with what was "
                     "finished."
@@ -92,7 +94,9 @@ def export(format: str, output: Path, decoder: str | None, split: str | None, en
 
     with errors_in_words():
         with KedroSession.create(env=env) as session:
-            catalog = session.load_context().catalog
+            context = session.load_context()
+        catalog, output = context.catalog, output.resolve()
+        os.chdir(context.project_path)  # which paths of sources mean
         tables = catalog.load("manifest"), catalog.load("predictions")
         decoder = decoder or catalog.load("metrics")["headline"]["decoder"]
         files = export_lines(format, *tables, output, decoder=decoder, split=split)
@@ -114,6 +118,10 @@ def check_batch(seconds: float, env: str | None, params: dict[str, Any]) -> None
             context = session.load_context()
             settings, catalog = context.params, context.catalog
         os.chdir(context.project_path)  # which paths among the settings mean
+        if str(settings["training"].start_from).startswith("models:"):
+            import mlflow
+
+            mlflow.set_tracking_uri(tracking_uri(context.project_path, context.config_loader["mlflow"]))
         passed, sentence = check_training_batch(
             catalog.load("features"),
             catalog.load("feature_stats"),

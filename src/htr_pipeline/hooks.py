@@ -34,6 +34,18 @@ _LOCK_FILE = Path("data/.lock")
 # A run that was killed left this file: the same command again goes on in the same MLflow run.
 _RUN_FILE = Path("data/.mlflow_run.json")
 _UNKNOWN = "unknown"
+# What a run was asked for: Kedro's options, and its names for them.
+_OPTIONS = {
+    "--pipelines": "pipeline_names",
+    "--tags": "tags",
+    "--from-nodes": "from_nodes",
+    "--to-nodes": "to_nodes",
+    "--nodes": "node_names",
+    "--from-inputs": "from_inputs",
+    "--to-outputs": "to_outputs",
+    "--namespaces": "namespaces",
+    "--only-missing-outputs": "only_missing_outputs",
+}
 _PACKAGES = ("htr-pipeline", "kedro", "keras", "mlflow", "great-expectations", "pyarrow", "numpy")
 
 
@@ -161,7 +173,7 @@ class MlflowHook:
         import mlflow
         from mlflow.exceptions import MlflowException
 
-        uri = self._tracking_uri()
+        uri = tracking_uri(self._project, self._settings)
         mlflow.set_tracking_uri(uri)
         database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
         if database is None:
@@ -169,10 +181,12 @@ class MlflowHook:
         try:
             if database:
                 self._open(database)
+            atexit.register(self._interrupted)
             self._start(run_params)
         except (MlflowException, OSError) as exc:
+            if mlflow.active_run():
+                mlflow.end_run("FAILED")
             raise UserError(f"MLflow at {uri}: {exc}") from exc
-        atexit.register(self._interrupted)
 
     def _open(self, database: Path) -> None:
         """Makes an empty database in one step: of half a one, by a process that was killed, MLflow can make nothing."""
@@ -205,11 +219,14 @@ class MlflowHook:
         if run_id is None:
             names = run_params.get("pipeline_names") or []
             mlflow.set_experiment(experiment_id=self._experiment_id())
-            mlflow.start_run(run_name="+".join(names) or "kedro run", tags=self._tags(run_params))
-            mlflow.log_params(_flat(self._parameters))
+            mlflow.start_run(run_name="+".join(names) or "kedro run")
         else:
             mlflow.start_run(run_id=run_id)
         self._run_id = mlflow.active_run().info.run_id
+        known = mlflow.get_run(self._run_id).data  # by an earlier process, perhaps of another pipeline
+        mlflow.set_tags({name: tag for name, tag in self._tags(run_params).items() if name not in known.tags})
+        parameters = _flat(self._parameters, whole=("hot_words",))  # words are no names of parameters
+        mlflow.log_params({name: value for name, value in parameters.items() if name not in known.params})
         with replacing(self._project / _RUN_FILE) as partial:
             content = {"run_id": self._run_id, "command": self._command_hash(run_params)}
             partial.write_text(json.dumps(content))
@@ -259,8 +276,11 @@ class MlflowHook:
 
     @hook_impl
     def on_pipeline_error(self) -> None:
-        """Ends the run as failed."""
-        self._end("FAILED")
+        """Ends the run as failed, if MLflow can still be written to; the error that led here is what counts."""
+        try:
+            self._end("FAILED")
+        except Exception:  # whatever comes out of a database
+            logger.exception("The MLflow run could not be ended.")
 
     def _interrupted(self) -> None:
         """At the end of the process, before MLflow would call a run that Ctrl-C has left finished."""
@@ -274,11 +294,6 @@ class MlflowHook:
 
         mlflow.end_run(status)
         (self._project / _RUN_FILE).unlink(missing_ok=True)
-
-    def _tracking_uri(self) -> str:
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or self._settings["tracking_uri"]
-        local = uri.removeprefix("sqlite:///")
-        return uri if local == uri or local.startswith("/") else f"sqlite:///{self._project / local}"
 
     def _experiment_id(self) -> str:
         import mlflow
@@ -314,7 +329,7 @@ class MlflowHook:
         return None
 
     def _command_hash(self, run_params: dict[str, Any]) -> str:
-        asked = {key: run_params.get(key) for key in ("pipeline_names", "tags", "node_names", "from_nodes", "to_nodes")}
+        asked = {key: run_params.get(key) for key in _OPTIONS.values()}
         content = json.dumps([asked, self._parameters], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -334,22 +349,28 @@ class MlflowHook:
         }
 
 
+def tracking_uri(project: Path, settings: dict[str, Any]) -> str:
+    """Where MLflow is, by the environment or by mlflow.yml; a database's relative path is meant from the project."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or settings["tracking_uri"]
+    local = uri.removeprefix("sqlite:///")
+    return uri if local == uri or local.startswith("/") else f"sqlite:///{project / local}"
+
+
 def _command(run_params: dict[str, Any]) -> str:
     """What starts this run again, from the project's folder."""
-    parameters = _flat(run_params.get("runtime_params") or {})
-    options = {
-        "--env": run_params.get("env"),
-        "--pipelines": run_params.get("pipeline_names"),
-        "--tags": run_params.get("tags"),
-        "--from-nodes": run_params.get("from_nodes"),
-        "--to-nodes": run_params.get("to_nodes"),
-        "--nodes": run_params.get("node_names"),
-        "--params": [
-            f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in parameters.items()
-        ],
+    words = ["kedro", "run"]
+    for option, key in {"--env": "env", **_OPTIONS}.items():
+        value = run_params.get(key)
+        if value:
+            words += [option] if value is True else [option, value if isinstance(value, str) else ",".join(value)]
+    parameters = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in _flat(run_params.get("runtime_params") or {}).items()
     }
-    given = {name: value if isinstance(value, str) else ",".join(value) for name, value in options.items() if value}
-    return shlex.join(["kedro", "run", *(word for option in given.items() for word in option)])
+    if fitting := [f"{key}={value}" for key, value in parameters.items() if "," not in value]:
+        words += ["--params", ",".join(fitting)]
+    others = [key for key, value in parameters.items() if "," in value]
+    return shlex.join(words) + (f"  # and {', '.join(others)}, whose commas --params cannot hold" if others else "")
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -360,10 +381,16 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _flat(parameters: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(parameters: dict[str, Any], prefix: str = "", whole: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Values by their dotted names; those of the keys that are to stay `whole` as JSON."""
     flat = {}
     for key, value in parameters.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        if not isinstance(value, dict) or not value:
+            flat[f"{prefix}{key}"] = value
+        elif key in whole:
+            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False)
+        else:
+            flat |= _flat(value, f"{prefix}{key}.", whole)
     return flat
 
 
@@ -381,7 +408,7 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
     def place(name: str) -> Path:
         return shown(catalog[name]._describe()["filepath"])
 
-    champion = f"alias champion: version {registration['champion_version']}"
+    champion = f"alias {registration['alias']}: version {registration['champion_version']}"
     lines = [
         "",
         f"CER {score['cer']:.2%} ({100 * metrics['confidence']:g} % interval over {score['interval_over']} "

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 
+from htr_pipeline.config_loader import LayeredConfigLoader
 from htr_pipeline.hooks import CheckpointHook, LockHook, MlflowHook, SettingsHook
 
 # Nothing that is used here reports to anyone, TensorFlow's notes on the processor are not for users, and in a log file
@@ -23,6 +24,7 @@ warnings.filterwarnings("ignore", message="register_new_resolver")
 
 HOOKS = (LockHook(), SettingsHook(), CheckpointHook(), MlflowHook())  # of two that want to be first, the later one is
 
+CONFIG_LOADER_CLASS = LayeredConfigLoader
 # One environment overrides single keys of a block, not the whole block.
 CONFIG_LOADER_ARGS = {
     "base_env": "base",

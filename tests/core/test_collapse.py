@@ -78,7 +78,8 @@ def test_blanks_are_a_plateau_while_the_loss_falls_and_a_collapse_when_it_stands
     ("hypothesis", "kind", "words"),
     [
         ("", "blank", "writes hardly anything but blanks"),
-        ("a", "blank", "writes one character and then blanks"),
+        ("a", "blank", "writes a character or so and then blanks"),
+        ("aX", "blank", "writes a character or so and then blanks"),
         ("e e e e e", "few_characters", "the same few characters"),
         ("quick brown fox, 4 jumps over", "not_learning", "not what stands in the lines"),
     ],
@@ -128,6 +129,7 @@ def test_gradients_that_are_not_finite_explode_at_the_third_in_a_row():
     [
         ({"unfit": ["page-7"]}, "labels_do_not_fit", "'page-7'"),
         ({"probabilities": True}, "softmax_twice", "probabilities, not logits"),
+        ({"loss": 31 * 0.1, "edits": 30}, "other_labels", "The loss is nearly nil and the readings are wrong"),
     ],
 )
 def test_faults_of_the_data_are_named_at_once_and_no_rate_helps(change, kind, words):
@@ -145,6 +147,12 @@ def test_wide_lines_are_the_fault_only_once_the_loss_stands_still():
     assert verdicts[-1].kind == "padded_widths"
     assert verdicts[-1].failed
     assert not verdicts[-1].rate_may_help
+
+
+def test_a_low_loss_is_that_of_other_labels_only_where_readings_are_wrong_and_all_lines_fit():
+    low = GOOD._replace(loss=31 * 0.1)
+    assert watch([low])[0].kind == "learning"
+    assert watch([low._replace(lines=16, edits=10, unfit=["page-7"])])[0].kind == "learning"
 
 
 def test_a_few_lines_that_do_not_fit_are_no_failure():
@@ -174,6 +182,8 @@ def test_a_monitor_goes_on_from_what_a_checkpoint_holds():
         (0.01, 0.50, [101.0, 95.0, 189.0], False),  # it reads others too
         (0.60, 0.86, [101.0, 95.0, 189.0], False),  # nothing is known by heart yet
         (0.30, 0.86, [101.0, 95.0, 99.0], False),  # the loss of others does not rise
+        (math.nan, 0.86, [101.0, 95.0, 189.0], False),  # all batches were skipped
+        (0.01, 0.86, [math.nan, 95.0, 189.0], False),
     ],
 )
 def test_lines_learnt_by_heart_are_told_from_reading(train_cer, validation_cer, losses, named):

@@ -39,6 +39,7 @@ def test_hot_words_are_normalised_as_the_texts_are():
     ("settings", "message"),
     [
         ({"hot_words": {"New York": 2.0}}, r"decoding\.hot_words: 'New York' is no word .* one by one"),
+        ({"hot_words": {"caf\u00e9": 1.0, "cafe\u0301": 5.0}}, r"decoding\.hot_words has a word twice"),
         ({"hot_words": {"1914": 2.0}}, r"decoding\.hot_words: '1914' is no word"),
         ({"hot_words": {1914: 2.0}}, r"decoding\.hot_words has 1914: 2\.0\. Expected a word and a number"),
         ({"hot_words": {"Verdun": "much"}}, r"decoding\.hot_words has 'Verdun': 'much'\. Expected"),

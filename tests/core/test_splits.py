@@ -61,6 +61,13 @@ def test_three_writers_or_more_fill_every_split(num_writers):
     assert Counter(splits).most_common(1)[0][0] == "train" or num_writers == 3
 
 
+def test_large_shares_leave_a_writer_to_train_with():
+    for number in range(50):
+        line_ids, writer_ids = lines_of([f"{number}-{index % 4}" for index in range(16)])
+        splits, _ = assign_splits(line_ids, writer_ids, [None] * 16, validation_share=0.4, test_share=0.4)
+        assert set(splits) == SPLITS
+
+
 @pytest.mark.parametrize("num_writers", [1, 2])
 def test_fewer_than_three_writers_are_split_by_line_with_a_warning(num_writers):
     line_ids, writer_ids = lines_of([f"w{index % num_writers}" for index in range(40)])

@@ -72,6 +72,11 @@ class TestCharset:
         assert charset.decode(labels) == "été"
         assert charset.encode("").shape == (0,)
 
+    @pytest.mark.parametrize("label", [-1, 3])  # what pads labels; the blank
+    def test_decode_refuses_what_is_no_character(self, label):
+        with pytest.raises(UserError, match=rf"Labels \[{label}\] stand for no character .* of 3: expected 0 to 2"):
+            Charset("abc").decode(np.array([0, label, 2]))
+
     def test_no_texts_give_an_empty_charset_with_the_blank_alone(self):
         assert Charset.from_texts([]).num_classes == 1
 

@@ -152,8 +152,51 @@ def test_history_has_a_row_an_epoch_with_all_figures(whole):
     assert whole.best_cer == min(table["validation_cer"].to_pylist())
 
 
-def test_digits_are_learnt():
-    learnt = run(config=dataclasses.replace(CONFIG, epochs=25, learning_rate=5e-3, checkpoint_seconds=60.0), lines=160)
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_objective_is_the_ctc_loss_of_both_heads_smoothed(smoothing):
+    import tensorflow as tf
+
+    from htr_pipeline.core.batching import collate
+    from htr_pipeline.core.model import build_model
+    from htr_pipeline.core.training import Trainer
+
+    charset = Charset("0123456789")
+    narrow = Line("narrow", np.ascontiguousarray(drawn(3).pixels[:40]), "11")  # beside wider lines
+    unfit = Line("unfit", np.ascontiguousarray(drawn(4).pixels[:12]), "1234")  # three frames: not learnt from
+    lines = [drawn(1), narrow, drawn(2), unfit]
+    batch = collate(lines, charset, len(lines))
+    model = build_model(ModelConfig(size="XS", column_dropout=0.0, recurrent_dropout=0.0), 11, 32, 4)
+
+    @tf.function
+    def expected():
+        losses, objective = [], 0.0
+        outputs = model({"pixels": batch.pixels, "width_pixels": batch.width_pixels}, training=True)
+        for row, line in enumerate(lines[:3]):
+            frames = -(-line.pixels.shape[0] // 4)
+            for head, weight in (("logits", 1.0), ("shortcut_logits", 0.1)):
+                logits = outputs[head][row : row + 1, :frames]
+                labels = charset.encode(line.text)[None]
+                loss = tf.nn.ctc_loss(labels, logits, [labels.size], [frames], logits_time_major=False, blank_index=10)
+                by_class = tf.nn.log_softmax(logits[0]) / 11
+                objective += weight * ((1 - smoothing) * loss[0] - smoothing * tf.reduce_sum(by_class)) / len(lines)
+                losses += [loss[0]] if head == "logits" else []
+        gradients = tf.gradients(objective, [variable.value for variable in model.trainable_variables])
+        return losses, tf.linalg.global_norm(gradients)
+
+    losses, norm = expected()
+    config = dataclasses.replace(CONFIG, label_smoothing=smoothing, precision="float32")
+    step = Trainer(model, charset, config).step(lines, batch, 0.0)
+    assert step.gradient_norm == pytest.approx(float(norm), rel=1e-4)
+    assert step.losses == pytest.approx([*map(float, losses), 0.0], rel=1e-4)  # what is shown is the loss alone
+    assert step.figures.unfit == ["unfit"]
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    return run(config=dataclasses.replace(CONFIG, epochs=25, learning_rate=5e-3, checkpoint_seconds=60.0), lines=160)
+
+
+def test_digits_are_learnt(learnt):
     assert learnt.best_cer < 0.5
     assert learnt.history[-1]["train_loss"] < 0.5 * learnt.history[0]["train_loss"]
 
@@ -294,8 +337,8 @@ FAST = dataclasses.replace(STOP, learning_rate=100 * CONFIG.learning_rate)
 
 
 def test_a_rate_times_100_is_named():
-    named = r"(explode|not what stands in the lines).*training\.learning_rate is 0\.\d+; the default is 0\.006"
-    with pytest.raises(UserError, match=named):
+    collapse = "(explode|not what stands in the lines|and then blanks)"
+    with pytest.raises(UserError, match=collapse + r".*training\.learning_rate is 0\.\d+; the default is 0\.006"):
         run(config=FAST)
 
 
@@ -346,7 +389,7 @@ OFF = AugmentationConfig(enabled=False)
 def test_a_batch_without_a_finite_gradient_is_skipped_and_its_line_named():
     progress = Silent()
     trained = run(model=poisoned(), training=with_poison(), progress=progress, augmentation=OFF)
-    named = [sentence for sentence in progress.warnings if "gradient is not finite" in sentence]
+    named = [sentence for sentence in progress.warnings if "loss or gradient are not finite" in sentence]
     assert len(named) == CONFIG.epochs
     assert all("Its lines without a finite loss: 'poison'." in sentence for sentence in named)
     assert [row["skipped_batches"] for row in trained.history] == [1, 1, 1]
@@ -363,6 +406,15 @@ def test_skipped_batches_do_not_disturb_going_on_from_a_checkpoint():
     whole, resumed = once(), once(checkpoints)
     assert weights_equal(whole.model, resumed.model)
     assert without_clock(whole.history) == without_clock(resumed.history)
+
+
+def test_an_epoch_of_skipped_batches_has_no_error_rate():
+    lines = [Line(f"poison{index}", np.full_like(drawn(index).pixels, 77), "1") for index in range(16)]
+    trained = run(model=poisoned(), training=lines, augmentation=OFF, config=dataclasses.replace(CONFIG, epochs=1))
+    row = trained.history[0]
+    assert math.isnan(row["train_cer"])
+    assert math.isnan(row["train_loss"])
+    assert (row["skipped_batches"], row["verdict"]) == (2, "exploded")
 
 
 def test_too_many_bad_batches_stop_the_run():
@@ -399,11 +451,16 @@ def test_asked_to_stop_training_ends_after_the_batch_and_goes_on_from_there(whol
     assert without_clock(whole.history) == without_clock(resumed.history)
 
 
-def test_training_ends_after_epochs_without_a_better_error_rate():
-    ended = run(config=dataclasses.replace(CONFIG, epochs=50, learning_rate=0.0, patience=3))
+def test_training_ends_after_epochs_without_a_better_error_rate(learnt):
+    config = dataclasses.replace(CONFIG, epochs=50, learning_rate=0.0, patience=3, start_from="learnt")
+    ended = run(config=config, model=learnt.model)
     assert ended.ended_by == "patience"
-    best = min(range(len(ended.history)), key=lambda index: ended.history[index]["validation_cer"])
-    assert len(ended.history) == best + 1 + 3
+    assert len(ended.history) == ended.best_epoch + 3
+
+
+def test_a_network_that_does_not_read_yet_has_all_the_patience():
+    ended = run(config=dataclasses.replace(CONFIG, epochs=6, learning_rate=0.0, patience=3))
+    assert (ended.ended_by, len(ended.history)) == ("epochs", 6)
 
 
 # --- one batch -------------------------------------------------------------------------------------------------------
@@ -427,8 +484,40 @@ def test_a_batch_that_fits_is_learnt_by_heart():
 def test_a_batch_that_does_not_fit_is_not():
     passed, sentence = check([drawn(index)._replace(text="0" * 32) for index in range(6)])
     assert not passed
-    assert "6 lines were not learnt by heart" in sentence
-    assert "longer text than their frames can hold: 'line-0'" in sentence
+    assert (
+        "6 lines were not learnt by heart: 6 of them have a longer text than their frames can hold: 'line-0'"
+        in sentence
+    )
+
+
+def test_a_batch_in_which_a_single_line_does_not_fit_names_it():
+    lines = [drawn(index) for index in range(8)]
+    lines[5] = lines[5]._replace(text="0" * 32)
+    passed, sentence = check(lines)
+    assert not passed
+    assert "1 of them have a longer text than their frames can hold: 'line-5'. Look at these lines" in sentence
+
+
+def test_a_batch_with_one_image_of_two_texts_names_both():
+    lines = [drawn(index) for index in range(4)]
+    passed, sentence = check([*lines, lines[0]._replace(line_id="twin", text="9999")], max_seconds=25.0)
+    assert not passed
+    assert "Look whether their images show their texts, and whether two have one image; read worst: '" in sentence
+    assert "'line-0'" in sentence or "'twin'" in sentence
+
+
+@pytest.mark.parametrize("change", [lambda labels: (labels + 1) % 10, lambda labels: labels[:1]])
+def test_a_batch_whose_loss_gets_other_labels_is_named(monkeypatch, change):
+    encode = Charset.encode
+    monkeypatch.setattr(Charset, "encode", lambda charset, text: change(encode(charset, text)))
+    passed, sentence = check([drawn(index) for index in range(6)])
+    assert not passed
+    assert "The loss is nearly nil and the readings are wrong: it gets other labels" in sentence
+    assert "Look at what is between the texts and the loss: another charset, other lengths" in sentence
+
+
+def test_a_batch_without_texts_is_named():
+    assert check([drawn(0)._replace(text="")]).sentence == "None of the 1 lines has a text: there is nothing to learn."
 
 
 def test_a_batch_of_other_characters_is_named():

@@ -1,10 +1,15 @@
 """What tests of importers share: samples put into a folder, and the folder imported."""
 
+import os
+import struct
+import zlib
 from pathlib import Path
 
 from htr_pipeline.io.importers import import_lines
 
 RESOURCES = Path(__file__).parents[1] / "resources"
+# Real collections, which are not part of the project: tests that want them skip where they are not.
+REAL_DATA = Path(os.environ.get("HTR_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 def add(resources, source, sample, name=None, change=None):
@@ -22,6 +27,20 @@ def add(resources, source, sample, name=None, change=None):
 def import_rows(*arguments, **options):
     """Records and rejected lines as import_lines finds them, row by row."""
     return [table.to_pylist() for table in import_lines(*arguments, **options)]
+
+
+def by_line(rows):
+    return {row["line_id"]: row for row in rows}
+
+
+def png_bomb():
+    """A PNG of a few bytes whose header promises 60,000 x 60,000 pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0" * 100))
 
 
 def damaged(data, rng):

@@ -1,6 +1,7 @@
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from htr_pipeline.io.datasets import (
     replacing,
 )
 from htr_pipeline.io.manifest import REJECTED_LINES, to_table
+from htr_pipeline.io.starting_point import STARTER_FOLDER, StartingPoint
 
 
 def names(folder):
@@ -243,6 +245,45 @@ def test_damaged_checkpoint_is_named(tmp_path, num_bytes):
     path.write_bytes(path.read_bytes()[:num_bytes])
     with pytest.raises(UserError, match=r"checkpoint\.npz: this checkpoint is damaged \(.*Remove it to train anew"):
         checkpoints.load()
+
+
+def test_a_damaged_checkpoint_of_another_training_does_not_hide_the_own_one(tmp_path):
+    path = tmp_path / "checkpoint.npz"
+    one, other = FileCheckpoints(path, "one"), FileCheckpoints(path, "other")
+    one.save({}, {"step": 1})
+    other.load()
+    other.save({}, {"step": 5})
+    path.write_bytes(path.read_bytes()[:100])
+    assert FileCheckpoints(path, "one").load() == ({}, {"step": 1})
+    FileCheckpoints(path, "one").clear()
+    assert names(tmp_path) == ["checkpoint.npz"]
+    with pytest.raises(UserError, match="damaged"):
+        FileCheckpoints(path, "one").load()
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    path = tmp_path / "checkpoint.npz"
+    path.mkdir()
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)\. Let this user read it"):
+        FileCheckpoints(path, "one").load()
+
+
+def test_names_as_long_as_the_system_allows_can_be_written(tmp_path):
+    path = tmp_path / ("é" * 125 + ".txt")
+    with replacing(path) as partial:
+        partial.write_text("x")
+    assert path.read_text() == "x"
+
+
+def test_a_network_with_a_flipped_bit_is_named(tmp_path):
+    network = bytearray((STARTER_FOLDER / "model.keras").read_bytes())
+    network[len(network) // 2] ^= 1
+    (tmp_path / "model.keras").write_bytes(network)
+    shutil.copy(STARTER_FOLDER / "charset.json", tmp_path)
+    with pytest.raises(DatasetError, match=r"model\.keras: cannot be read \(.*CRC"):
+        KerasModel(str(tmp_path / "model.keras")).load()
+    with pytest.raises(UserError, match=r"model\.keras: no network can be read from it \(.*CRC.*Copy it again"):
+        StartingPoint.find(str(tmp_path)).model()
 
 
 def test_checkpoint_with_other_arrays_than_were_saved_is_damaged(tmp_path):

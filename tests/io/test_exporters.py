@@ -3,6 +3,7 @@
 import json
 import re
 import time
+import unicodedata
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,9 +14,9 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.io.exporters import export_lines
 from htr_pipeline.io.exporters.pages import NewText, edit_alto, edit_page
 from htr_pipeline.io.manifest import MANIFEST, PREDICTIONS, to_table
-from tests.io.samples import import_rows
+from tests.io.samples import REAL_DATA, import_rows
 
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "raw_pages"
+PAGES = REAL_DATA / "raw_pages"
 
 # Line ends, quotes, blanks within tags, comments, CDATA and a prefix as no writer of XML would leave them.
 PAGE_XML, ALTO_XML = (
@@ -329,6 +330,19 @@ def test_predictions_of_another_manifest_are_an_error(line_images, tmp_path):
         export_lines("text", manifest.slice(0, 3), predictions, tmp_path / "out")
 
 
+def test_pages_with_decomposed_names_are_found_again(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    name = unicodedata.normalize("NFD", "Lettre_éa")
+    (source / f"{name}.xml").write_text(PAGE_XML, encoding="utf-8")
+    Image.new("L", (200, 100), 255).save(source / "p.png")
+    records, _ = import_rows(source, "page")
+    assert {record["page_id"] for record in records} == {"Lettre_éa"}
+    assert all(record["line_id"].startswith("Lettre_éa/") for record in records)
+    rows = [record | {"split": "test"} for record in records]
+    assert len(export_lines("page", *tables(rows, {"source": source}), tmp_path / "out")) == 1
+
+
 def test_file_that_is_gone_is_an_error_that_names_the_page(pages, tmp_path):
     rows, source = pages
     (source / "page" / "p.xml").unlink()
@@ -341,13 +355,13 @@ def test_file_that_is_gone_is_an_error_that_names_the_page(pages, tmp_path):
     [("bronod_alto_and_page", "page"), ("bronod_alto_and_page", "alto"), ("timeus_alto_and_page", "page")],
 )
 def test_real_pages_change_in_the_texts_only(tmp_path, name, format):
-    if not SHARED.exists():
-        pytest.skip(f"{SHARED} is not here")
-    records, _ = import_rows(SHARED / name, format)
+    if not PAGES.exists():
+        pytest.skip(f"{PAGES} is not here")
+    records, _ = import_rows(PAGES / name, format)
     rows = [record | {"split": "test"} for record in records]
     changed = {"page": r' conf="0.5000"|<Unicode>[^<]*', "alto": r' WC="0.5000"|CONTENT="[^"]*"'}[format]
-    for file in export_lines(format, *tables(rows, {name: SHARED / name}), tmp_path):
-        old = (SHARED / name / file.relative_to(tmp_path)).read_bytes()
+    for file in export_lines(format, *tables(rows, {name: PAGES / name}), tmp_path):
+        old = (PAGES / name / file.relative_to(tmp_path)).read_bytes()
         assert file.read_bytes() != old
         assert without(file.read_bytes(), changed) == without(old, changed)
 

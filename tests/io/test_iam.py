@@ -8,7 +8,7 @@ import pytest
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.importers import SourceConfig
 from htr_pipeline.io.manifest import LEFT_OUT
-from tests.io.samples import import_rows
+from tests.io.samples import by_line, import_rows
 
 RESOURCES = Path(__file__).parents[1] / "resources" / "iam"
 
@@ -17,10 +17,6 @@ RESOURCES = Path(__file__).parents[1] / "resources" / "iam"
 def iam(tmp_path):
     """A folder as IAM's archives unpack, of four forms by four writers, with the task's split files."""
     return shutil.copytree(RESOURCES, tmp_path / "iam", ignore=shutil.ignore_patterns("invalid"))
-
-
-def by_line(rows):
-    return {row["line_id"]: row for row in rows}
 
 
 def texts(records):

@@ -1,12 +1,11 @@
 import hashlib
 import io
+import os
 import re
 import resource
 import shutil
-import struct
 import tracemalloc
 import unicodedata
-import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +22,9 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.io.importers import SourceConfig, import_lines, source_root
 from htr_pipeline.io.importers.table import read_table
 from htr_pipeline.io.manifest import MANIFEST
-from tests.io.samples import import_rows
+from tests.io.samples import REAL_DATA, by_line, import_rows, png_bomb
 
 RESOURCES = Path(__file__).parents[1] / "resources"
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.fixture
@@ -46,10 +44,6 @@ def write_line(folder, name, text="Wort", size=(60, 20)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, 255).save(path)
     path.with_suffix(".gt.txt").write_text(text, encoding="utf-8")
-
-
-def by_line(rows):
-    return {row["line_id"]: row for row in rows}
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------
@@ -225,14 +219,6 @@ def test_link_out_of_the_folder_is_not_followed(tmp_path, lines):
     assert [row["reason"] for row in import_rows(lines)[1]] == ["outside_folder"]
 
 
-def png_bomb():
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0" * 100))
-
-
 def test_text_that_is_a_link_out_of_the_folder_is_not_read(tmp_path, lines):
     (tmp_path / "secret.txt").write_text("secret")
     (lines / "anna" / "p1_01.gt.txt").unlink()
@@ -240,6 +226,25 @@ def test_text_that_is_a_link_out_of_the_folder_is_not_read(tmp_path, lines):
     records, rejected = import_rows(lines)
     assert [(row["file"], row["reason"]) for row in rejected] == [("anna/p1_01.png", "outside_folder")]
     assert "secret" not in str(records) + rejected[0]["detail"]
+
+
+def test_text_that_is_no_file_or_too_long_is_rejected(lines):
+    (lines / "anna" / "p1_01.gt.txt").unlink()
+    os.mkfifo(lines / "anna" / "p1_01.gt.txt")
+    (lines / "anna" / "p1_02.gt.txt").write_text("x" * 10_001)
+    records, rejected = import_rows(lines)
+    assert [record["line_id"] for record in records] == ["bert/p1_01", "carl/p1_01"]
+    assert [row["reason"] for row in rejected] == ["unreadable_text", "long_text"]
+    assert "not a regular file" in rejected[0]["detail"]
+    assert "10001 characters; at most 10000" in rejected[1]["detail"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "broken link", "pipe"])
+def test_what_is_named_like_a_form_of_iam_is_looked_at_with_care(lines, kind):
+    (lines / "xml").mkdir()
+    odd = lines / "xml" / "x.xml"
+    {"folder": odd.mkdir, "broken link": lambda: odd.symlink_to("nowhere"), "pipe": lambda: os.mkfifo(odd)}[kind]()
+    assert {record["format"] for record in import_rows(lines)[0]} == {"lines"}
 
 
 def test_decompression_bomb_is_rejected_by_its_header(tmp_path):
@@ -478,6 +483,19 @@ def test_hugging_face_shards_are_one_source_with_splits_from_their_names(tmp_pat
     assert {row["source"] for row in records} == {"set"}
 
 
+def test_tables_of_one_name_in_folders_of_splits_are_told_apart(tmp_path, unpacking):
+    for number, split in enumerate(("train", "test")):
+        write_shard(tmp_path / "set" / split / "0000.parquet", [encoded(2 * number), encoded(2 * number + 1)])
+    records, rejected = import_rows(tmp_path / "set", config=unpacking)
+    assert rejected == []
+    assert [(row["line_id"], row["split"]) for row in records] == [
+        ("test/0000/000001", "test"),
+        ("test/0000/000002", "test"),
+        ("train/0000/000001", "train"),
+        ("train/0000/000002", "train"),
+    ]
+
+
 def test_unpacking_again_writes_nothing_anew(tmp_path, unpacking):
     write_shard(tmp_path / "t.parquet", [encoded(), encoded(1)])
     first, _ = import_rows(tmp_path / "t.parquet", config=unpacking)
@@ -669,8 +687,8 @@ def test_sixteen_bit_and_transparent_images_are_read(tmp_path):
     ],
 )
 def test_real_lines_are_all_read_with_their_splits(name, counts):
-    if not (SHARED / name).exists():
-        pytest.skip(f"{SHARED / name} is not here")
-    records, rejected = import_rows(SHARED / name)
+    if not (REAL_DATA / name).exists():
+        pytest.skip(f"{REAL_DATA / name} is not here")
+    records, rejected = import_rows(REAL_DATA / name)
     assert rejected == []
     assert Counter(record["split"] for record in records) == counts

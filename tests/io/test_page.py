@@ -3,10 +3,8 @@ import functools
 import os
 import re
 import shutil
-import struct
 import time
 import unicodedata
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from htr_pipeline.core.image import read_image
 from htr_pipeline.io.importers import SourceConfig
 from htr_pipeline.io.importers import xml as pages
 from tests.io import samples
-from tests.io.samples import import_rows
+from tests.io.samples import import_rows, png_bomb
 
 RESOURCES = samples.RESOURCES / "page"
 RAW_PAGES = Path(__file__).parents[3] / "shared" / "data" / "raw_pages"
@@ -342,12 +340,7 @@ def test_deeply_nested_elements_are_refused(source):
 
 
 def test_page_image_that_would_unpack_to_gigabytes_is_refused(source):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0))
-    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0" * 100))
-    (source / "page.png").write_bytes(bomb)
+    (source / "page.png").write_bytes(png_bomb())
     add(source, "escriptorium_2019.xml", change={'"400"': '"60000"', '"300"': '"60000"'})
     _, rejected = read(source)
     assert [row["reason"] for row in rejected] == ["unreadable_image"] * 2

@@ -38,6 +38,8 @@ def test_provenance_holds_the_lines_of_all_networks_before(tmp_path):
     start = saved(tmp_path, Charset("abc").to_json(), 4)
     assert start.provenance() == {}
     first = make_provenance("h", "{}", {}, ["1" * 64, "2" * 64], None)
+    (tmp_path / "provenance.json").write_text(json.dumps(first | {"learnt_lines": None}), encoding="utf-8")
+    assert start.provenance() == {}
     (tmp_path / "provenance.json").write_text(json.dumps(first), encoding="utf-8")
     second = make_provenance("i", "{}", {}, ["2" * 64, "3" * 64], start)
     assert second["start_from"] == str(tmp_path)
@@ -104,6 +106,7 @@ def test_starter_reads_a_rendered_line_normalised_by_the_default_settings(starte
     assert differing_settings(provenance["feature_settings"], pixel_settings(pixels)) == []
     assert provenance["charset_hash"] == charset_hash(starter.charset_path.read_text(encoding="utf-8"))
     assert provenance["model_hash"] == weights_hash(model)
+    assert len(provenance["learnt_lines"]) == 3459 + 1822 + 2016
     assert model.inputs[0].shape[-1] == pixels.height_pixels
     lines = []
     for seed in range(4):

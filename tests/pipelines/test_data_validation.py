@@ -33,8 +33,7 @@ from htr_pipeline.pipelines.data_validation.expectations import (
 )
 from htr_pipeline.pipelines.data_validation.facts import collect_facts
 from htr_pipeline.pipelines.data_validation.nodes import check_manifest, import_sources, validate_lines
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+from tests.io.samples import REAL_DATA
 
 
 def good_lines(num=12):
@@ -204,7 +203,8 @@ def test_one_hand_to_train_and_validate_with_and_others_in_the_test_go_through(t
         row["split"] = ("train", "validation")[index % 2] if index < 6 else "test"
         row["writer_id"] = "anna" if index < 6 else f"writer{index}"
     validated, rejected, summary, config = validate(rows, tmp_path)
-    check_manifest(validated, rejected, summary, config)
+    assert check_manifest(validated, rejected, summary, config) == validated
+    assert summary["failures"] == []
 
 
 def test_missing_split_stops_the_run(tmp_path):
@@ -781,10 +781,10 @@ def test_pipeline_saves_the_rejected_lines_before_it_stops(tmp_path):
 
 
 def test_validation_of_real_lines_rejects_none_and_repeats_itself(tmp_path):
-    if not (SHARED / "copiste_fr").exists():
-        pytest.skip(f"{SHARED / 'copiste_fr'} is not here")
+    if not (REAL_DATA / "copiste_fr").exists():
+        pytest.skip(f"{REAL_DATA / 'copiste_fr'} is not here")
     config = ValidationConfig(docs_path=str(tmp_path / "docs"))
-    arguments = (SourceConfig(path=str(SHARED / "copiste_fr")), SourcesConfig(), DemoConfig())
+    arguments = (SourceConfig(path=str(REAL_DATA / "copiste_fr")), SourcesConfig(), DemoConfig())
     imported = import_sources(*arguments)
     assert imported[0].equals(import_sources(*arguments)[0])
     validated, rejected, _, summary = validate_lines(*imported, config, ImageConfig())

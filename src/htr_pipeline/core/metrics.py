@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 
+_FEWEST_WRITERS = 5  # for an interval over them
 _NUMBERS_PER_CHUNK = 2**22  # of a bootstrap: bounds its memory at some 100 MB
 
 
@@ -159,6 +160,18 @@ def align(reference: str, hypothesis: str) -> list[tuple[str, str, str]]:
         (block.tag, reference[block.src_start : block.src_end], hypothesis[block.dest_start : block.dest_end])
         for block in Levenshtein.opcodes(reference, hypothesis)
     ]
+
+
+def independent_groups(writer_ids: Sequence[str]) -> np.ndarray | None:
+    """The groups that intervals are resampled over: writers, or None for lines.
+
+    Over few writers an interval may have no width at all and look like certainty. Writers of one line each are mostly
+    lines whose writer nobody knows.
+
+    Args:
+        writer_ids: (L,) one a line.
+    """
+    return np.asarray(writer_ids) if _FEWEST_WRITERS <= len(set(writer_ids)) < len(writer_ids) else None
 
 
 def bootstrap_interval(

@@ -29,6 +29,7 @@ class TrainingConfig:
     weight_decay: float = setting(default=0.1, minimum=0.0)
     gradient_clip_norm: float = setting(default=5.0, minimum=0.0)
     shortcut_weight: float = setting(default=0.1, minimum=0.0, maximum=1.0)
+    label_smoothing: float = setting(default=0.01, minimum=0.0, maximum=1.0)
     buffer_lines: int = setting(default=4096, minimum=1)
     max_validation_lines: int = setting(default=256, minimum=1)  # scored after every epoch
     checkpoint_seconds: float = setting(default=60.0, minimum=0.0)
@@ -92,6 +93,11 @@ class DecodingConfig:
         for word, weight in self.hot_words.items():
             if not isinstance(word, str) or isinstance(weight, bool) or not isinstance(weight, int | float):
                 raise UserError(f"decoding.hot_words has {word!r}: {weight!r}. Expected a word and a number of nats.")
+        if len({normalise_text(word) for word in self.hot_words}) < len(self.hot_words):
+            raise UserError(
+                f"decoding.hot_words has a word twice, perhaps in two Unicode forms: {', '.join(self.hot_words)}. Give "
+                "it one weight."
+            )
         try:
             Lexicon(hot_words={normalise_text(word): weight for word, weight in self.hot_words.items()})
         except ValueError as exc:

@@ -76,7 +76,7 @@ def assign_splits(
         split_of[unit] = _split_at(_position(unit), validation_share, test_share)
     if len(free) >= 3 and set(split_of.values()) != SPLIT_NAMES.keys():
         num_test = max(1, round(test_share * len(free)))
-        num_validation = max(1, round(validation_share * len(free)))
+        num_validation = min(max(1, round(validation_share * len(free))), len(free) - num_test - 1)
         for index, unit in enumerate(free):
             split_of[unit] = (
                 "test" if index < num_test else "validation" if index < num_test + num_validation else "train"

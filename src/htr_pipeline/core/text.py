@@ -216,5 +216,16 @@ class Charset:
         return np.array([self._index[character] for character in visual_text(text)], dtype=np.int32)
 
     def decode(self, labels: Iterable[int]) -> str:
-        """Text of a sequence of classes in visual order, without blanks."""
-        return visual_text("".join(self.characters[label] for label in labels))
+        """Text of a sequence of classes in visual order, without blanks.
+
+        Raises:
+            UserError: a class stands for no character, as the blank and the -1 of padding.
+        """
+        classes = list(map(int, labels))
+        if classes and not 0 <= min(classes) <= max(classes) < len(self):
+            wrong = sorted({label for label in classes if not 0 <= label < len(self)})
+            raise UserError(
+                f"Labels {wrong} stand for no character of a charset of {len(self)}: expected 0 to {len(self) - 1}, "
+                f"without blanks ({self.blank_index}) and padding."
+            )
+        return visual_text("".join(self.characters[label] for label in classes))

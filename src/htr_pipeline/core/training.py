@@ -18,6 +18,7 @@ from htr_pipeline.core.batching import Batch, Line, ordered_batches, training_ba
 from htr_pipeline.core.collapse import READING_CER, CollapseMonitor, StepFigures, Verdict, judge_epoch
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.loss import ctc_loss
+from htr_pipeline.core.ctc.loss import required_frames as required_frames_of_labels
 from htr_pipeline.core.distribution import Distribution, change_copies, gathered, summed
 from htr_pipeline.core.image import num_frames
 from htr_pipeline.core.metrics import score_lines
@@ -407,10 +408,11 @@ class Trainer:
             outputs = self.model({"pixels": pixels, "width_pixels": width_pixels}, training=True)
             # Both heads in one call: the recursion's steps are paid once.
             stacked = tf.concat([outputs["logits"], outputs["shortcut_logits"]], axis=0)
-            losses = self._losses(
-                stacked, tf.tile(width_pixels, [2]), tf.tile(labels, [2, 1]), tf.tile(label_length, [2])
-            )
-            main, shortcut = tf.split(losses, 2)
+            both = tf.tile(width_pixels, [2]), tf.tile(labels, [2, 1]), tf.tile(label_length, [2])
+            losses = self._losses(stacked, *both)
+            smoothing = self.config.label_smoothing
+            smoothed = (1.0 - smoothing) * losses + smoothing * _distance_from_uniform(stacked, *both)
+            main, shortcut = tf.split(smoothed, 2)
             objective = tf.reduce_sum(main + self.config.shortcut_weight * shortcut) / num_lines
         gradients, objective = summed((tape.gradient(objective, self.model.trainable_variables), objective))
         norm = tf.linalg.global_norm(gradients)
@@ -432,7 +434,16 @@ class Trainer:
         best_classes = tf.argmax(outputs["logits"], axis=-1, output_type=tf.int32)
         width_pixels, first_frames = gathered(width_pixels), gathered(outputs["logits"][:, 0])
         probabilities = _are_probabilities(first_frames, width_pixels)
-        return gathered(main), gathered(best_classes), width_pixels, gathered(label_length), norm, finite, probabilities
+        losses = losses[: tf.shape(pixels)[0]]
+        return (
+            gathered(losses),
+            gathered(best_classes),
+            width_pixels,
+            gathered(label_length),
+            norm,
+            finite,
+            probabilities,
+        )
 
     def _evaluation_step(
         self, pixels: tf.Tensor, width_pixels: tf.Tensor, labels: tf.Tensor, label_length: tf.Tensor
@@ -454,6 +465,19 @@ class Trainer:
         kept = (best_classes != previous) & (best_classes != self.charset.blank_index)
         kept &= np.arange(best_classes.shape[1]) < lengths[:, None]
         return [self.charset.decode(row[mask]) for row, mask in zip(best_classes, kept, strict=True)]
+
+
+def _distance_from_uniform(
+    logits: tf.Tensor, width_pixels: tf.Tensor, labels: tf.Tensor, label_length: tf.Tensor
+) -> tf.Tensor:
+    """(B,) cross-entropy of all classes alike and the network's, summed over the frames; 0 if a text does not fit.
+
+    Source: the label smoothing of Kim et al. (Interspeech 2018, arXiv 1711.02212), but for a constant.
+    """
+    logit_length = FrameLength()(width_pixels)
+    mean_log_probs = tf.reduce_mean(tf.nn.log_softmax(tf.cast(logits, tf.float32)), axis=-1)
+    counted = tf.where(required_frames_of_labels(labels, label_length) <= logit_length, logit_length, 0)
+    return -tf.reduce_sum(mean_log_probs * tf.sequence_mask(counted, tf.shape(logits)[1], tf.float32), axis=-1)
 
 
 def _are_probabilities(first_frames: tf.Tensor, width_pixels: tf.Tensor) -> tf.Tensor:
@@ -489,7 +513,8 @@ def _end(state: TrainingState, done: float, config: TrainingConfig) -> str:
     """Why training is over, or an empty string."""
     if done >= 1.0:
         return "clock" if config.max_minutes else "epochs"
-    if config.patience and state.epoch - state.best_epoch >= config.patience:
+    # Before it reads, a network is no better for many epochs, however healthy.
+    if config.patience and state.best_cer < READING_CER and state.epoch - state.best_epoch >= config.patience:
         return "patience"
     return ""
 
@@ -506,14 +531,15 @@ def _skip_bad_batch(
     # Where the losses themselves are not finite, only the lines that have such a one are suspects.
     suspects = [line for line, loss in zip(lines, step.losses, strict=True) if not math.isfinite(loss)] or lines
     what = (
-        f"Step {state.step}: the gradient is not finite (norm {step.gradient_norm}, learning rate {rate:.2g}); "
-        f"the batch is skipped. Its {'lines' if suspects is lines else 'lines without a finite loss'}: "
+        f"Step {state.step}: loss or gradient are not finite (norm {step.gradient_norm:.3g}, learning rate "
+        f"{rate:.2g}); the batch is skipped. Its {'lines' if suspects is lines else 'lines without a finite loss'}: "
         f"{_named([line.line_id for line in suspects])}."
     )
     if state.bad_batches > config.max_bad_batches:
         raise UserError(
             f"{what} This is number {state.bad_batches}, and training.max_bad_batches is {config.max_bad_batches}. "
-            "If it is always the same lines, look at their images and texts; otherwise lower training.learning_rate."
+            "If it is always the same lines, look at their images and texts, or raise the limit: training goes on from "
+            "its checkpoint then. Otherwise lower training.learning_rate."
         )
     progress.notice(what, warning=True)
 
@@ -589,10 +615,11 @@ def _add(sums: dict[str, float], figures: dict[str, float]) -> None:
 
 
 def _running_figures(sums: dict[str, float]) -> dict[str, float]:
+    """NaN where all batches were skipped."""
     lines = sums.get("lines", 0.0)
     return {
-        "loss": sums.get("loss", 0.0) / max(lines, 1.0),
-        "cer": sums.get("edits", 0.0) / max(sums.get("characters", 0.0), 1.0),
+        "loss": sums["loss"] / lines if lines else math.nan,
+        "cer": sums["edits"] / max(sums["characters"], 1.0) if lines else math.nan,
         "lines_per_second": lines / sums["seconds"],
     }
 
@@ -600,7 +627,7 @@ def _running_figures(sums: dict[str, float]) -> dict[str, float]:
 def _history_row(state: TrainingState, verdict: str, validation_loss: float, validation_cer: float) -> dict[str, Any]:
     sums = state.sums
     running = _running_figures(sums)
-    early = "learning" if running["cer"] < READING_CER else "plateau"
+    early = "learning" if running["cer"] < READING_CER else "plateau" if sums.get("lines") else "exploded"
     return {
         "epoch": state.epoch + 1,
         "step": state.step,

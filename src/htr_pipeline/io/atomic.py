@@ -1,10 +1,13 @@
-"""Files and folders that take the place of old ones in one step: a reader sees the old or the new, never a half."""
+"""Files and folders that take the place of old ones whole: a reader never sees a half."""
 
 import contextlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+# Of the name that a file under way has from its target: systems allow 255 bytes in all, a character has up to four.
+_MAX_NAME_CHARACTERS = 50
 
 
 @contextlib.contextmanager
@@ -16,7 +19,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays: Keras chooses the format by it.
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name[-_MAX_NAME_CHARACTERS:]}")
     try:
         yield partial
         with partial.open("rb+") as stream:
@@ -31,7 +34,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Puts folder `new` in the place of folder `old`, which may not exist yet."""
+    """Puts folder `new` in the place of folder `old`, which may not exist yet.
+
+    Between two renames there is no such folder: a reader or a kill may find none, but never a half.
+    """
     retired = old.with_name(f".retired-{old.name}")
     shutil.rmtree(retired, ignore_errors=True)  # of a process that was killed here
     if old.exists():

@@ -1,13 +1,14 @@
 """The newest state of a training run, in one file without pickle."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
 import logging
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.io.atomic import replacing
 
 logger = logging.getLogger(__name__)
+
+# A file may be whole, and yet not to be had.
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.EIO, errno.ESTALE)
+# What reading a damaged .npz or .keras file may raise.
+DAMAGED_ARCHIVE = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class FileCheckpoints:
@@ -63,23 +69,32 @@ class FileCheckpoints:
         """
         for left in self._path.parent.glob(f".partial-*-{glob.escape(self._path.name)}"):
             left.unlink(missing_ok=True)  # of processes that were killed while they saved
-        found = [_read(path) for path in (self._path, self._aside(self._fingerprint)) if path.exists()]
-        for header, arrays in found:
+        other, damage = None, None
+        for path in filter(Path.exists, (self._path, self._aside(self._fingerprint))):
+            try:
+                header, arrays = _read(path)
+            except UserError as exc:  # perhaps of another training, and ours was put aside
+                damage = damage or exc
+                continue
             if header["fingerprint"] == self._fingerprint:
                 return arrays, header["state"]
-        if found:
+            other = header
+        if damage:
+            raise damage
+        if other:
             logger.warning(
                 "%s is of another training, which was not completed%s. This one begins anew; the other one is kept as "
                 "%s, and its command goes on with it.",
-                self._path, self._differences(found[0][0]), self._aside(found[0][0]["fingerprint"]).name,
+                self._path, self._differences(other), self._aside(other["fingerprint"]).name,
             )  # fmt: skip
         return None
 
     def clear(self) -> None:
         """Removes what is of this training."""
         for path in (self._path, self._aside(self._fingerprint)):
-            if path.exists() and _read(path)[0]["fingerprint"] == self._fingerprint:
-                path.unlink()
+            with contextlib.suppress(UserError):  # damaged: whose it is cannot be told
+                if path.exists() and _read_header(path)["fingerprint"] == self._fingerprint:
+                    path.unlink()
 
     def _aside(self, fingerprint: str) -> Path:
         name = hashlib.sha256(fingerprint.encode()).hexdigest()[:8]
@@ -90,7 +105,7 @@ class FileCheckpoints:
         if self._is_ours or not self._path.exists():
             return
         with contextlib.suppress(UserError):  # damaged: nothing to keep
-            header, _ = _read(self._path)
+            header = _read_header(self._path)
             if header["fingerprint"] != self._fingerprint:
                 self._path.replace(self._aside(header["fingerprint"]))
 
@@ -111,7 +126,7 @@ def stored_settings(path: Path) -> list[dict[str, Any]]:
     for file in [path, *sorted(path.parent.glob(f"{glob.escape(path.stem)}-????????{glob.escape(path.suffix)}"))]:
         with contextlib.suppress(UserError):
             if file.exists():
-                settings.append(_read(file)[0]["settings"])
+                settings.append(_read_header(file)["settings"])
     return settings
 
 
@@ -121,14 +136,36 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Raises:
         UserError: the file is damaged.
     """
+    with _reading(path) as (header, file):
+        arrays = {name: file[name] for name in file.files if name != "header"}
+        if _hash(arrays) != header["sha256"]:
+            raise ValueError("the arrays are not those that were saved")
+    return header, arrays
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """What a file says of itself, without its arrays, which are large.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with _reading(path) as (header, _):
+        return header
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            header = json.loads(file["header"].tobytes())
-            arrays = {name: file[name] for name in file.files if name != "header"}
-            if _hash(arrays) != header["sha256"]:
-                raise ValueError("the arrays are not those that were saved")
-            return {"settings": {}} | {name: header[name] for name in header if name != "sha256"}, arrays
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
+            header = {"settings": {}} | json.loads(file["header"].tobytes())
+            if missing := {"fingerprint", "state", "sha256"} - header.keys():
+                raise KeyError(*missing)
+            yield header, file
+    except DAMAGED_ARCHIVE as exc:
+        if isinstance(exc, OSError) and exc.errno in _UNREADABLE:
+            raise UserError(
+                f"{path}: this checkpoint cannot be read ({exc.strerror}). Let this user read it."
+            ) from None
         raise UserError(f"{path}: this checkpoint is damaged ({exc!r}). Remove it to train anew.") from None
 
 

@@ -13,6 +13,7 @@ from kedro.io import AbstractDataset
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.atomic import replace_folder, replacing
+from htr_pipeline.io.checkpoints import DAMAGED_ARCHIVE
 from htr_pipeline.io.features import FeatureShards
 
 
@@ -44,7 +45,7 @@ class _FileDataset(AbstractDataset):
             return self._read()
         except UserError:
             raise
-        except (OSError, ValueError, pa.ArrowException) as exc:
+        except (*DAMAGED_ARCHIVE, pa.ArrowException) as exc:
             raise UserError(
                 f"{self._filepath}: cannot be read ({exc}). If it is damaged, remove it: "
                 "`kedro run --only-missing-outputs` makes it again."
@@ -90,16 +91,24 @@ class TextDocument(_FileDataset):
             partial.write_text(data, encoding="utf-8")
 
 
+def read_network(path: Path) -> Any:
+    """A network of this project from a .keras file, of which nothing is unpickled.
+
+    Raises:
+        Exception: one of checkpoints.DAMAGED_ARCHIVE where it is damaged.
+    """
+    import keras
+
+    import htr_pipeline.core.model  # noqa: F401  registers the layers
+
+    return keras.models.load_model(path, compile=False, safe_mode=True)
+
+
 class KerasModel(_FileDataset):
     """A Keras model in one .keras file."""
 
     def _read(self) -> Any:
-        import keras
-
-        import htr_pipeline.core.model  # noqa: F401  registers the layers
-
-        # Nothing is unpickled.
-        return keras.models.load_model(self._filepath, compile=False, safe_mode=True)
+        return read_network(self._filepath)
 
     def save(self, data: Any) -> None:
         """Writes the model."""

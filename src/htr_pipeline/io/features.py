@@ -214,9 +214,16 @@ class FeatureShards:
 
     def content_hashes(self) -> dict[str, list[str]]:
         """Those of the lines of each split, in the order of the shards."""
-        figures = self.figures()
-        parts = {split: figures.filter(pc.field("split") == split) for split in SPLITS}
-        return {split: list(map(str, part["content_hash"].to_pylist())) for split, part in parts.items()}
+        return {
+            split: [
+                str(value)
+                for path in self._paths(split)
+                for value in pq.read_table(path, columns=["content_hash"], partitioning=None)[
+                    "content_hash"
+                ].to_pylist()
+            ]
+            for split in SPLITS
+        }
 
     def num_bytes(self) -> int:
         """Size of all shards."""
@@ -239,7 +246,7 @@ class FeatureShards:
 
     def spread(self, split: str, most: int) -> list[Line]:
         """At most that many lines, evenly from all of the split, so that every writer has a share."""
-        available = self.figures()["split"].to_pylist().count(split)
+        available = sum(pq.read_metadata(path).num_rows for path in self._paths(split))
         wanted = {place * available // most for place in range(most)} if available > most else range(available)
         return [line for place, line in enumerate(self.lines(split)) if place in wanted]
 

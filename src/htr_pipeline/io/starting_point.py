@@ -11,7 +11,8 @@ from typing import Any
 import htr_pipeline
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.text import Charset
-from htr_pipeline.io.datasets import KerasModel
+from htr_pipeline.io.checkpoints import DAMAGED_ARCHIVE
+from htr_pipeline.io.datasets import read_network
 
 # The model that the package brings along, under this name; a folder of that name is ./starter.
 STARTER = "starter"
@@ -66,9 +67,13 @@ class StartingPoint:
         """The network.
 
         Raises:
-            UserError: it has other classes than its charset, or the provenance beside it is of another network.
+            UserError: it cannot be read, it has other classes than its charset, or the provenance beside it is of
+                another network.
         """
-        model = KerasModel(str(self.model_path)).load()
+        try:
+            model = read_network(self.model_path)
+        except DAMAGED_ARCHIVE as exc:
+            raise UserError(f"{self.model_path}: no network can be read from it ({exc}). Copy it again.") from exc
         classes, expected = model.outputs[0].shape[-1], self.charset().num_classes
         if classes != expected:
             raise UserError(
@@ -92,9 +97,14 @@ class StartingPoint:
             raise UserError(f"{self.charset_path}: this is no charset: {exc!r}.") from None
 
     def provenance(self) -> dict[str, Any]:
-        """What make_provenance wrote beside the network; empty where nothing lies there or it cannot be read."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return dict(json.loads((self.model_path.parent / PROVENANCE).read_text(encoding="utf-8")))
+        """What make_provenance wrote beside the network; empty where nothing lies there or something else does."""
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((self.model_path.parent / PROVENANCE).read_text(encoding="utf-8"))
+            kinds = {"model_hash": str, "charset_hash": str, "feature_settings": dict, "learnt_lines": list}
+            if isinstance(found, dict) and all(
+                isinstance(found.get(name, kind()), kind) for name, kind in kinds.items()
+            ):
+                return found
         return {}
 
     def content_hash(self) -> str:

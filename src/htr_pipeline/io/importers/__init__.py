@@ -38,6 +38,7 @@ from htr_pipeline.io.manifest import MANIFEST, REJECTED_LINES, line_hash, to_tab
 
 logger = logging.getLogger(__name__)
 
+MAX_CHARACTERS = 10_000  # of a line
 DEMO_FOLDER = "data/01_raw/demo"  # where the demo is rendered, unless another format is asked for
 # Pages decoded at the same time; one of MAX_IMAGE_PIXELS takes half a gigabyte, or one if it has to be turned.
 _MAX_THREADS = 8
@@ -313,6 +314,9 @@ def _finish(
     text = normalise_text(row["text"] or "", config.unicode_form)
     if config.text_order == "visual":
         text = visual_text(text)
+    if len(text) > MAX_CHARACTERS:
+        detail = f"{row['line_id']}: {len(text)} characters; at most {MAX_CHARACTERS} are read. Is it one line?"
+        return row | _reject("long_text", detail)
     if not text:
         place = row["line_id"] if "page_size" in row else row["file"]
         return row | _reject("empty_text", f"{place}: there is no text. Transcribe the line or remove it.")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.io.importers.xml import MAX_XML_BYTES, parse_xml
+from htr_pipeline.io.importers.xml import MAX_XML_BYTES, parse_xml, root_tag
 from htr_pipeline.io.manifest import LEFT_OUT
 
 if TYPE_CHECKING:
@@ -49,11 +49,7 @@ def is_iam(path: Path) -> bool:
         file = _find(path, name)
         if file and any(_ENTRY.fullmatch(entry) for _, entry in _entries(file)):
             return True
-    form = next(path.glob("xml/*.xml"), None)
-    if form is None:
-        return False
-    with form.open("rb") as stream:
-        return b"<form" in stream.read(2000)
+    return any(root_tag(form) == "form" for form in sorted(path.glob("xml/*.xml")))
 
 
 def read_iam(path: Path, config: "SourceConfig") -> list[dict[str, Any]]:
@@ -134,6 +130,8 @@ def _read_form(path: Path, file: Path) -> list[dict[str, Any]]:
     try:
         if not file.resolve().is_relative_to(path.resolve()):
             raise UserError("it is a link out of the source's folder, which is not followed. Copy the file.")
+        if not file.is_file():
+            raise UserError("not a regular file. Remove it.")
         with file.open("rb") as stream:
             form, _ = parse_xml(stream.read(MAX_XML_BYTES + 1))
         lines = form.findall("handwritten-part/line")

@@ -112,6 +112,8 @@ def _read_text(root: Path, name: str) -> dict[str, str]:
         if not (root / name).resolve().is_relative_to(root.resolve()):
             detail = f"{name} is a link out of the source's folder, which is not followed. Copy the file."
             return {"reason": "outside_folder", "detail": detail}
+        if not (root / name).is_file() and (root / name).exists():
+            return {"reason": "unreadable_text", "detail": f"{name} is not a regular file. Remove it."}
         return {"text": (root / name).read_text(encoding="utf-8-sig")}
     except FileNotFoundError:
         detail = f"there is no {name} beside the image. Transcribe the line into it or remove the image."

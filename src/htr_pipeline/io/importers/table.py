@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,21 +68,29 @@ def read_table(path: Path, config: "SourceConfig") -> Iterable[dict[str, Any]]:
     """
     files = _table_files(path)
     root = path.parent if path.is_file() else path
-    rows = (row for file in files for row in _rows_of_table(file, root, config, is_split=len(files) > 1))
+    stems = Counter(file.stem for file in files)  # train/0000.parquet and test/0000.parquet are two tables
+    rows = (
+        row
+        for file in files
+        for row in _rows_of_table(file, root, config, len(files) > 1, is_named_alike=stems[file.stem] > 1)
+    )
     if unpacked_folder(path, config) and "id" not in _find_columns(files[0], _parquet_schema(files[0]).names, config):
         return _named_as_in_table(list(rows))
     return rows
 
 
-def _rows_of_table(file: Path, root: Path, config: "SourceConfig", is_split: bool) -> Iterator[dict[str, Any]]:
+def _rows_of_table(
+    file: Path, root: Path, config: "SourceConfig", is_split: bool, is_named_alike: bool
+) -> Iterator[dict[str, Any]]:
     columns, rows = _read_parquet(file, config) if file.suffix.lower() == ".parquet" else _read_text_table(file)
     names = _find_columns(file, columns, config)
     if config.split != "given":
         names.pop("split", None)
     split = _split_of(file) if is_split else None
     by_folder = config.split == "given" and not split and _folders_are_splits(file, names)
+    table = file.relative_to(root).with_suffix("").as_posix() if is_named_alike else file.stem
     for number, values in rows:
-        row = _row(file, root, number, values, names)
+        row = _row(file, root, f"{table}/{number:06d}", number, values, names)
         of_folder = parse_split(row.get("image_path", "").partition("/")[0]) if by_folder else None
         yield row | {"split": row.get("split") or split or of_folder}
 
@@ -338,8 +347,9 @@ def _find_columns(file: Path, columns: list[str], config: "SourceConfig") -> dic
 
 
 def _row(
-    file: Path, root: Path, number: int, values: Mapping[str, Any] | str, names: Mapping[str, str]
+    file: Path, root: Path, unnamed: str, number: int, values: Mapping[str, Any] | str, names: Mapping[str, str]
 ) -> dict[str, Any]:
+    """The row of a line; `unnamed` is its id where the table has none for its image."""
     folder = file.parent.relative_to(root)
     place = f"{(folder / file.name).as_posix()}:{number}"
     if isinstance(values, str):
@@ -357,7 +367,7 @@ def _row(
         )
     image_path, line_id = cells.get("image"), cells.get("id")
     if isinstance(unpacked, _Unpacked):
-        line_id = line_id or f"{file.stem}/{number:06d}"
+        line_id = line_id or unnamed
         if unpacked.problem:
             problem = {"reason": "unreadable_image", "detail": f"{place}: {unpacked.problem}."}
             return {"line_id": line_id, "file": place, "image_name": unpacked.name} | problem

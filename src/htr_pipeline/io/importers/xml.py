@@ -29,7 +29,6 @@ MAX_DEPTH = 64
 MAX_LINES = 10_000  # of a page
 MAX_POINTS = 5_000  # of a polygon or baseline
 MAX_COORDINATE = 1_000_000
-MAX_CHARACTERS = 10_000  # of a line
 MAX_NAME_CHARACTERS = 255  # of an id or a file
 # How far width and height may differ in scale between XML and image.
 MAX_DISTORTION = 0.05
@@ -211,8 +210,11 @@ def find_roots(path: Path) -> Counter[str]:
 
 
 def page_id_of(name: str) -> str:
-    """The id of the page of an XML file, which PAGE and ALTO in folders of their own share: without those folders."""
-    return "/".join([*_place(name), _split_name(name)[1]])
+    """The id of the page of an XML file, which PAGE and ALTO in folders of their own share: without those folders.
+
+    Composed, as all ids are: a Mac may have written é in the name as two characters.
+    """
+    return unicodedata.normalize("NFC", "/".join([*_place(name), _split_name(name)[1]]))
 
 
 def _place(name: str) -> list[str]:
@@ -258,9 +260,6 @@ def _page_rows(base: Mapping[str, Any], page: Page, images: "ImageIndex") -> Ite
     for position, line in enumerate(page.lines, start=1):
         line_id = line.id if line.id and len(line.id) <= MAX_NAME_CHARACTERS else f"line{position}"
         row = {**base, "line_id": f"{base['page_id']}/{line_id}", **found, "text": line.text}
-        if "reason" not in row and len(line.text) > MAX_CHARACTERS:
-            detail = f"{len(line.text)} characters; at most {MAX_CHARACTERS} are read. Is it one line?"
-            row |= {"reason": "long_text", "detail": f"{row['line_id']}: {detail}"}
         # Without a text the line is only waiting, whatever its geometry.
         if "reason" not in row and line.problem and line.text.strip():
             row |= {"reason": "bad_geometry", "detail": f"{row['line_id']}: {line.problem}"}

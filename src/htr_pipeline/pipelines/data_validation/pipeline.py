@@ -5,7 +5,7 @@ from kedro.pipeline import Node, Pipeline
 from htr_pipeline.pipelines.data_validation.nodes import check_manifest, import_sources, validate_lines
 
 
-def create_pipeline(**_: object) -> Pipeline:
+def create_pipeline() -> Pipeline:
     """The data_validation pipeline."""
     return Pipeline(
         [
@@ -35,5 +35,6 @@ def create_pipeline(**_: object) -> Pipeline:
                 outputs="manifest",
                 name="check_manifest",
             ),
-        ]
+        ],
+        tags="data_validation",
     )

@@ -19,7 +19,7 @@ from htr_pipeline.core.batching import Line
 from htr_pipeline.core.calibration import Calibration, fit_calibration, reliability, right_characters
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.image import differing_settings
-from htr_pipeline.core.metrics import bootstrap_interval, score_lines, signature
+from htr_pipeline.core.metrics import bootstrap_interval, independent_groups, score_lines, signature
 from htr_pipeline.core.recipe import DECODERS, DecodingConfig
 from htr_pipeline.core.text import Charset, unicode_form_of
 from htr_pipeline.io.features import FeatureShards
@@ -38,8 +38,6 @@ _CHUNK_LINES = 256
 _ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 _BETAS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
 _TUNING_LINES = 512
-# With fewer of them, the interval is over lines.
-_FEWEST_WRITERS = 5
 # With fewer validation lines, confidences stay as they are.
 _FEWEST_CALIBRATION_LINES = 32
 
@@ -262,14 +260,12 @@ def measure_errors(
 
 def _score(lines: pd.DataFrame, evaluation: EvaluationConfig) -> dict[str, Any]:
     score = score_lines(lines["reference"].tolist(), lines["hypothesis"].tolist())
-    # Over few writers an interval may have no width at all and look like certainty. Writers of one line each are mostly
-    # lines whose writer nobody knows.
-    unit = "writers" if _FEWEST_WRITERS <= lines["writer_id"].nunique() < len(lines) else "lines"
+    groups = independent_groups(lines["writer_id"].tolist())
     intervals = {
         name: bootstrap_interval(
             counts.edits,
             counts.lengths,
-            lines["writer_id"].to_numpy() if unit == "writers" else None,
+            groups,
             confidence=evaluation.confidence,
             num_samples=evaluation.bootstrap_samples,
             seed=evaluation.seed,
@@ -286,7 +282,7 @@ def _score(lines: pd.DataFrame, evaluation: EvaluationConfig) -> dict[str, Any]:
         "wer": score.wer,
         "wer_low": intervals["wer"][0],
         "wer_high": intervals["wer"][1],
-        "interval_over": unit,
+        "interval_over": "lines" if groups is None else "writers",
         "macro_cer": score.macro_cer,
         "line_accuracy": score.line_accuracy,
         **{name: int(of_lines.sum()) for name, of_lines in vars(score.characters).items()},

@@ -117,7 +117,7 @@ def register_model(
             logged = _log_model(list(files.values()), features, decoding)
         # With its tags at once: a version without them, of a run that was killed, could never be compared.
         number = str(mlflow.register_model(logged.model_uri, registration.model_name, tags=tags).version)
-    run = mlflow.active_run()
+    run = client.get_run(mlflow.active_run().info.run_id)  # with the tags that it was given since it began
     promoted = champion is None or (not problem and champion_cer is not None and cer < champion_cer)
     if promoted:
         client.set_registered_model_alias(registration.model_name, registration.alias, number)
@@ -229,7 +229,7 @@ def _champion_cer(
 
 def _reason(cer: float, champion_cer: float | None, champion: Any | None, split: str) -> str:
     if champion is None or champion_cer is None:
-        return "the first version, hence champion"
+        return "no version had this alias yet"
     verdict = "better than" if cer < champion_cer else "not better than"
     return f"CER {cer:.2%} on the {split} lines is {verdict} the {champion_cer:.2%} of version {champion.version}"
 

@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 # Columns of the batch that check-batch learns: enough for 16 lines of a page's width, and for 100 steps a minute.
 _MOST_CHECKED_PIXELS = 20_000
 
+# Settings that change no weight which is there: a training goes on from its checkpoint with others. Of the network to
+# start from the content counts, not its name.
+_NOT_OF_WEIGHTS = ("checkpoint_seconds", "max_bad_batches", "on_collapse", "patience", "start_from")
 # Of the MLflow run: how the same few validation lines are read after each epoch.
 _SAMPLES = "samples.json"
 
@@ -178,10 +181,8 @@ def train(
         "charset": charset_hash(charset),
         **{f"version of {package}": version(package) for package in ("htr-pipeline", "keras", "numpy")},
     }
-    # The content of the network to start from, not its name: two names may be of one network.
-    blocks = {"model": model, "augmentation": augmentation, "training": replace(training, start_from=None)}
-    for block, values in blocks.items():
-        settings |= {f"{block}.{name}": value for name, value in asdict(values).items()}
+    for block, values in {"model": model, "augmentation": augmentation, "training": training}.items():
+        settings |= {f"{block}.{name}": value for name, value in asdict(values).items() if name not in _NOT_OF_WEIGHTS}
     start = find_start(training, checkpoint, feature_stats["data_hash"])
     if start and start.name != training.start_from:
         logger.info("%s is %s.", training.start_from, start.name)
@@ -261,7 +262,8 @@ def find_start(training: TrainingConfig, checkpoint: CheckpointConfig, data_hash
     start = StartingPoint.find(name)
     if start.name == name:  # no alias
         return start
-    wanted = {f"training.{key}": value for key, value in asdict(training).items()} | {"set of lines": data_hash}
+    wanted = {f"training.{key}": value for key, value in asdict(training).items() if key not in _NOT_OF_WEIGHTS}
+    wanted |= {"training.start_from": name, "set of lines": data_hash}
     for stored in stored_settings(Path(checkpoint.path)):
         if all(stored.get(key) == value for key, value in wanted.items()):
             with contextlib.suppress(UserError):  # the version is gone
@@ -365,7 +367,7 @@ def check_training_batch(
     while len(lines) > 2 and len(lines) * lines[-1].pixels.shape[0] > _MOST_CHECKED_PIXELS:
         lines.pop()
     charset = Charset.from_json(collect_charset(features, training, checkpoint))
-    start = StartingPoint.find(training.start_from) if training.start_from else None
+    start = find_start(training, checkpoint, feature_stats["data_hash"])
     model = replace(model, column_dropout=0.0, recurrent_dropout=0.0)
     network = build_network(model, training, charset, feature_stats, features.settings(), start)
     with tqdm(desc="Steps", unit="") as bar:
@@ -397,7 +399,7 @@ class _TrainingProgress:
         if self._on_main_thread:
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
         form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        self._bar = tqdm(total=100, desc="Training", bar_format=form)
+        self._bar = tqdm(total=100, desc="Training", bar_format=form, postfix="the first step is being compiled")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -477,4 +479,6 @@ def _logged_samples() -> list[dict[str, Any]]:
     run = mlflow.active_run()
     if not run or _SAMPLES not in [file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)]:
         return []
-    return json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{_SAMPLES}"))
+    with contextlib.suppress(ValueError):  # cut off by a power cut
+        return json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{_SAMPLES}"))
+    return []
