@@ -410,9 +410,10 @@ class Trainer:
             stacked = tf.concat([outputs["logits"], outputs["shortcut_logits"]], axis=0)
             both = tf.tile(width_pixels, [2]), tf.tile(labels, [2, 1]), tf.tile(label_length, [2])
             losses = self._losses(stacked, *both)
-            smoothing = self.config.label_smoothing
-            smoothed = (1.0 - smoothing) * losses + smoothing * _distance_from_uniform(stacked, *both)
-            main, shortcut = tf.split(smoothed, 2)
+            objectives = losses
+            if smoothing := self.config.label_smoothing:
+                objectives = (1.0 - smoothing) * losses + smoothing * _distance_from_uniform(stacked, *both)
+            main, shortcut = tf.split(objectives, 2)
             objective = tf.reduce_sum(main + self.config.shortcut_weight * shortcut) / num_lines
         gradients, objective = summed((tape.gradient(objective, self.model.trainable_variables), objective))
         norm = tf.linalg.global_norm(gradients)
