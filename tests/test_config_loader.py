@@ -48,6 +48,17 @@ def test_a_packaged_project_has_no_settings_of_a_machine(conf):
     assert load(conf, "finetune")["training"] == {"epochs": 30, "seed": 1, "rate": 2}
 
 
+def test_credentials_of_the_machine_and_global_values_are_known_with_an_environment(conf):
+    (conf / "local/credentials.yml").write_text("store: {key: secret}", encoding="utf-8")
+    (conf / "base/globals.yml").write_text("root: data\nname: base", encoding="utf-8")
+    (conf / "local/globals.yml").write_text("name: mine", encoding="utf-8")
+    (conf / "finetune/parameters.yml").write_text(
+        "report: {title: '${globals:root} ${globals:name}'}", encoding="utf-8"
+    )
+    assert load(conf, "finetune", "credentials") == {"store": {"key": "secret"}}
+    assert load(conf, "finetune")["report"] == {"title": "data mine"}
+
+
 def test_an_environment_that_there_is_not_is_an_error(conf):
     with pytest.raises(MissingConfigException, match="finetunes"):
         load(conf, "finetunes")

@@ -637,7 +637,9 @@ def test_settings_of_the_machine_hold_with_an_environment_and_commands_join_one_
     run = store.get_run(joined)
     assert run.data.params["decoding.hot_words"] == '{"l\'État": 3.0}'
     assert (run.data.params["report.title"], run.data.params["training.epochs"]) == ("Mine", "2")
-    assert run.data.tags["pipelines"] == "data_validation"
+    assert run.data.tags["pipelines"] == "data_validation, reporting"
+    commands = [f"kedro run --env test --pipelines {name}" for name in ("data_validation", "reporting")]
+    assert run.data.tags["command"] == " && ".join(commands)
     assert "<title>Mine" in artifact(run, "report.html")
 
 
@@ -777,6 +779,7 @@ def test_check_batch_says_in_one_sentence_that_everything_fits_from_a_registered
         ("training.epoch=3", "Did you mean training.epochs?"),
         ("training.epochs=0", "training.epochs = 0"),
         ("trainig.epochs=3", "Did you mean training?"),
+        ("sources.iam.path=x,source.path=y", "source.path = 'y' would not be read, since there are `sources`: iam"),
         ("registration.alias=v3", "registration.alias = 'v3': expected letters"),
         ("registration.model_name=a/b", "registration.model_name = 'a/b': expected a name"),
         ("training.start_from=startr", "training.start_from = 'startr': Expected a folder with model.keras"),

@@ -34,6 +34,7 @@ _LOCK_FILE = Path("data/.lock")
 # A run that was killed left this file: the same command again goes on in the same MLflow run.
 _RUN_FILE = Path("data/.mlflow_run.json")
 _UNKNOWN = "unknown"
+_MOST_PARAMETER_CHARACTERS = 6000  # MLflow cuts what is longer
 # What a run was asked for: Kedro's options, and its names for them.
 _OPTIONS = {
     "--pipelines": "pipeline_names",
@@ -68,6 +69,13 @@ class SettingsHook:
                     f"{key} = {value!r}: there is no such block of parameters.{hint} "
                     f"Allowed: {', '.join(sorted(known))}."
                 )
+        given = (context.config_loader.runtime_params or {}).get("source", {})
+        entries = context.config_loader["parameters"].get("sources")
+        if entries and isinstance(given, dict) and "path" in given:
+            raise UserError(
+                f"source.path = {given['path']!r} would not be read, since there are `sources`: {', '.join(entries)}. "
+                "Take them out of conf/local/parameters.yml, or set sources.NAME.path."
+            )
         self._start_from = getattr(context.params.get("training"), "start_from", None)
         self._project = context.project_path
 
@@ -184,8 +192,8 @@ class MlflowHook:
             atexit.register(self._interrupted)
             self._start(run_params)
         except (MlflowException, OSError) as exc:
-            if mlflow.active_run():
-                mlflow.end_run("FAILED")
+            with contextlib.suppress(Exception):  # the server may be gone
+                mlflow.end_run("KILLED")  # the same command goes on in it
             raise UserError(f"MLflow at {uri}: {exc}") from exc
 
     def _open(self, database: Path) -> None:
@@ -223,10 +231,17 @@ class MlflowHook:
         else:
             mlflow.start_run(run_id=run_id)
         self._run_id = mlflow.active_run().info.run_id
-        known = mlflow.get_run(self._run_id).data  # by an earlier process, perhaps of another pipeline
-        mlflow.set_tags({name: tag for name, tag in self._tags(run_params).items() if name not in known.tags})
+        known = mlflow.get_run(self._run_id).data  # by an earlier process, perhaps of another command
+        tags = self._tags(run_params)
+        for name, joint in (("command", " && "), ("pipelines", ", ")):
+            before = known.tags.get(name, tags[name])
+            tags[name] = before if tags[name] in before.split(joint) else before + joint + tags[name]
+            known.tags.pop(name, None)
+        mlflow.set_tags({name: tag for name, tag in tags.items() if name not in known.tags})
         parameters = _flat(self._parameters, whole=("hot_words",))  # words are no names of parameters
         mlflow.log_params({name: value for name, value in parameters.items() if name not in known.params})
+        if other := [name for name, value in parameters.items() if known.params.get(name, str(value)) != str(value)]:
+            logger.warning("The MLflow run %s keeps what it was first given of: %s.", self._run_id, ", ".join(other))
         with replacing(self._project / _RUN_FILE) as partial:
             content = {"run_id": self._run_id, "command": self._command_hash(run_params)}
             partial.write_text(json.dumps(content))
@@ -279,15 +294,16 @@ class MlflowHook:
         """Ends the run as failed, if MLflow can still be written to; the error that led here is what counts."""
         try:
             self._end("FAILED")
-        except Exception:  # whatever comes out of a database
-            logger.exception("The MLflow run could not be ended.")
+        except Exception as exc:  # whatever comes out of a database
+            logger.warning("The MLflow run could not be ended: %s", exc)
 
     def _interrupted(self) -> None:
         """At the end of the process, before MLflow would call a run that Ctrl-C has left finished."""
         import mlflow
 
         if mlflow.active_run() and (self._project / _RUN_FILE).exists():
-            mlflow.end_run("KILLED")
+            with contextlib.suppress(Exception):  # of a full disk, say, which was spoken of already
+                mlflow.end_run("KILLED")
 
     def _end(self, status: str) -> None:
         import mlflow
@@ -388,7 +404,10 @@ def _flat(parameters: dict[str, Any], prefix: str = "", whole: tuple[str, ...] =
         if not isinstance(value, dict) or not value:
             flat[f"{prefix}{key}"] = value
         elif key in whole:
-            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False)
+            content = json.dumps(value, ensure_ascii=False)
+            if len(content) > _MOST_PARAMETER_CHARACTERS:
+                content = f"{len(value)} entries, SHA-256 {hashlib.sha256(content.encode()).hexdigest()}"
+            flat[f"{prefix}{key}"] = content
         else:
             flat |= _flat(value, f"{prefix}{key}.", whole)
     return flat
@@ -409,6 +428,10 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
         return shown(catalog[name]._describe()["filepath"])
 
     champion = f"alias {registration['alias']}: version {registration['champion_version']}"
+    uri, model = registration["tracking_uri"], f"models:/{registration['name']}@{registration['alias']}"
+    serve = "make serve" if model == "models:/htr@champion" else f"make serve MODEL={model}"
+    if uri != "sqlite:///mlflow.db":
+        serve = f"MLFLOW_TRACKING_URI={uri} {serve}"
     lines = [
         "",
         f"CER {score['cer']:.2%} ({100 * metrics['confidence']:g} % interval over {score['interval_over']} "
@@ -429,8 +452,10 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
         "",
         "Next:",
         f"  xdg-open {place('report')}    # look at it (macOS: open)",
-        "  make ui    # runs and models in MLflow, on http://127.0.0.1:5000",
-        "  make serve    # the model as a service",
+        "  make ui    # runs and models in MLflow, on http://127.0.0.1:5000"
+        if uri == "sqlite:///mlflow.db"
+        else f"  {uri}    # runs and models in MLflow",
+        f"  {serve}    # the model as a service",
         "  .venv/bin/kedro run --env finetune --params source.path=FOLDER    # your lines",
     ]
     sys.stdout.write("\n".join(lines) + "\n")

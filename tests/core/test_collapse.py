@@ -183,7 +183,8 @@ def test_a_monitor_goes_on_from_what_a_checkpoint_holds():
         (0.60, 0.86, [101.0, 95.0, 189.0], False),  # nothing is known by heart yet
         (0.30, 0.86, [101.0, 95.0, 99.0], False),  # the loss of others does not rise
         (math.nan, 0.86, [101.0, 95.0, 189.0], False),  # all batches were skipped
-        (0.01, 0.86, [math.nan, 95.0, 189.0], False),
+        (0.01, 0.86, [math.nan, 95.0, 189.0], True),
+        (0.01, 0.86, [101.0, 95.0, math.nan], False),
     ],
 )
 def test_lines_learnt_by_heart_are_told_from_reading(train_cer, validation_cer, losses, named):

@@ -60,7 +60,7 @@ from htr_pipeline.io.workers import map_jobs
 from tests.io.test_workers import note_and_sleep_a_little
 if __name__ == "__main__":
     try:
-        for _ in map_jobs(note_and_sleep_a_little, [sys.argv[1]] * 1000, num_workers=2):
+        for _ in map_jobs(note_and_sleep_a_little, [sys.argv[1]] * 100_000, num_workers=2):
             pass
     except KeyboardInterrupt:
         sys.exit(3)

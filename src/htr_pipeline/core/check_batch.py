@@ -70,7 +70,7 @@ def check_batch(
     monitor = CollapseMonitor(_PLATEAU_STEPS)
     failed = f"{len(lines)} lines were not learnt by heart"
     figures: StepFigures | None = None
-    started, steps, cer, verdict = time.monotonic(), 0, 1.0, None
+    started, steps, cer, read_cer, verdict = time.monotonic(), 0, 1.0, 1.0, None
     while (seconds := time.monotonic() - started) < max_seconds:
         step = trainer.step(lines, batch, config.learning_rate * min((steps + 1) / _WARMUP_STEPS, 1.0))
         steps += 1
@@ -87,7 +87,7 @@ def check_batch(
         verdict = monitor.observe(step.figures) or verdict
         if verdict and verdict.failed:
             return BatchCheck(False, f"{failed}: {verdict.seen} {_advice(verdict, lines, figures, config)}")
-        if cer <= _LEARNT_CER and trainer.validate(lines)[1].cer <= _LEARNT_CER:
+        if cer <= _LEARNT_CER and (read_cer := trainer.validate(lines)[1].cer) <= _LEARNT_CER:
             seconds = time.monotonic() - started
             return BatchCheck(
                 True,
@@ -101,6 +101,13 @@ def check_batch(
             False,
             f"There was time for {steps} steps only ({seconds:.0f} seconds), which says nothing yet: to learn "
             f"{len(lines)} lines by heart takes 70 to 300. Allow --seconds {enough}.",
+        )
+    if cer <= _LEARNT_CER:
+        return BatchCheck(
+            False,
+            f"{failed} in {steps} steps ({seconds:.0f} seconds): as training sees them they are read (CER {cer:.0%}), "
+            f"and as reading does not (CER {read_cer:.0%}). The network does something else there, as normalisation "
+            "with moving statistics or dropout does.",
         )
     state = f" {verdict.seen}" if verdict else ""
     return BatchCheck(
@@ -125,6 +132,7 @@ def _advice(verdict: Verdict | None, lines: list[Line], figures: StepFigures | N
         for i in worst[:_LINES_NAMED]
     )
     return (
-        f"Look whether their images show their texts, and whether two have one image; read worst: {named}."
+        "Look whether their images show their texts, and whether two have one image"
+        + (f"; read worst: {named}." if named else ".")
         + unusual_rate(config)
     )

@@ -252,9 +252,9 @@ def judge_epoch(train_cer: float, validation_cer: float, validation_losses: list
         validation_cer: after it.
         validation_losses: nats a line after each epoch so far.
     """
-    if not all(map(math.isfinite, (train_cer, *validation_losses))):  # another verdict's matter
+    if not math.isfinite(train_cer) or not math.isfinite(validation_losses[-1]):  # another verdict's matter
         return None
-    lowest = min(validation_losses)
+    lowest = min(filter(math.isfinite, validation_losses))
     if train_cer > _BY_HEART_CER or validation_cer < READING_CER or validation_losses[-1] < _BY_HEART_RISE * lowest:
         return None
     return Verdict(

@@ -539,8 +539,7 @@ def _skip_bad_batch(
     if state.bad_batches > config.max_bad_batches:
         raise UserError(
             f"{what} This is number {state.bad_batches}, and training.max_bad_batches is {config.max_bad_batches}. "
-            "If it is always the same lines, look at their images and texts, or raise the limit: training goes on from "
-            "its checkpoint then. Otherwise lower training.learning_rate."
+            "If it is always the same lines, look at their images and texts; otherwise lower training.learning_rate."
         )
     progress.notice(what, warning=True)
 

@@ -4,6 +4,7 @@ Kedro's own datasets write in place, so that a reader, or a process killed half-
 """
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ def read_network(path: Path) -> Any:
 
     import htr_pipeline.core.model  # noqa: F401  registers the layers
 
+    with zipfile.ZipFile(path) as archive:  # Keras reads parts of it, past the checksums
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"Bad CRC-32 for file {damaged!r}")
     return keras.models.load_model(path, compile=False, safe_mode=True)
 
 

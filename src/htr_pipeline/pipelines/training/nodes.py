@@ -190,7 +190,7 @@ def train(
     names = {"training.start_from": training.start_from, "start": start.name if start else None}
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     distribution.require_equal(
-        fingerprint,
+        f"{fingerprint} {replace(training, start_from=None)}",
         "The workers of this training do not have the same lines (this one: data_hash "
         f"{feature_stats['data_hash'][:12]}), settings, network to start from or versions of htr-pipeline, Keras and "
         "NumPy. Give all of them the same features and the same --params.",
