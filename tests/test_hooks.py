@@ -6,7 +6,7 @@ from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Node, Pipeline
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.hooks import CheckpointHook, LockHook, _command
+from htr_pipeline.hooks import CheckpointHook, LockHook, _command, _flat
 from htr_pipeline.io.checkpoints import FileCheckpoints
 from htr_pipeline.pipelines.training.nodes import CheckpointConfig
 
@@ -58,3 +58,11 @@ def test_the_command_of_a_run_starts_it_again():
     assert (
         _command({"runtime_params": fonts}) == "kedro run  # and demo.heldout_fonts, whose commas --params cannot hold"
     )
+
+
+def test_words_are_one_parameter_of_mlflow_however_many_there_are():
+    few = {"decoding": {"hot_words": {"l'État": 3.0}, "looks": 3}}
+    flat = {"decoding.hot_words": '{"l\'État": 3.0}', "decoding.looks": 3}
+    assert _flat(few, whole=("hot_words",)) == flat
+    many = {"hot_words": {f"word{'x' * 20}{index}": 1.0 for index in range(900)}}
+    assert _flat(many, whole=("hot_words",))["hot_words"].startswith("900 entries, SHA-256 ")
