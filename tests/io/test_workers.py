@@ -55,10 +55,11 @@ def test_process_that_was_ended_from_outside_is_explained():
 
 
 BUSY = """
-import sys
+import signal, sys
 from htr_pipeline.io.workers import map_jobs
 from tests.io.test_workers import note_and_sleep_a_little
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
     try:
         for _ in map_jobs(note_and_sleep_a_little, [sys.argv[1]] * 100_000, num_workers=2):
             pass
