@@ -70,7 +70,7 @@ class SettingsHook:
                     f"Allowed: {', '.join(sorted(known))}."
                 )
         given = (context.config_loader.runtime_params or {}).get("source", {})
-        entries = context.config_loader["parameters"].get("sources")
+        entries = getattr(context.params.get("sources"), "entries", {})
         if entries and isinstance(given, dict) and "path" in given:
             raise UserError(
                 f"source.path = {given['path']!r} would not be read, since there are `sources`: {', '.join(entries)}. "
@@ -232,12 +232,11 @@ class MlflowHook:
             mlflow.start_run(run_id=run_id)
         self._run_id = mlflow.active_run().info.run_id
         known = mlflow.get_run(self._run_id).data  # by an earlier process, perhaps of another command
-        tags = self._tags(run_params)
+        own = self._tags(run_params)
+        tags = {name: known.tags.get(name, tag) for name, tag in own.items()}
         for name, joint in (("command", " && "), ("pipelines", ", ")):
-            before = known.tags.get(name, tags[name])
-            tags[name] = before if tags[name] in before.split(joint) else before + joint + tags[name]
-            known.tags.pop(name, None)
-        mlflow.set_tags({name: tag for name, tag in tags.items() if name not in known.tags})
+            tags[name] = joint.join(dict.fromkeys(tags[name].split(joint) + own[name].split(joint)))
+        mlflow.set_tags(tags)
         parameters = _flat(self._parameters, whole=("hot_words",))  # words are no names of parameters
         mlflow.log_params({name: value for name, value in parameters.items() if name not in known.params})
         if other := [name for name, value in parameters.items() if known.params.get(name, str(value)) != str(value)]:
@@ -430,8 +429,9 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
     champion = f"alias {registration['alias']}: version {registration['champion_version']}"
     uri, model = registration["tracking_uri"], f"models:/{registration['name']}@{registration['alias']}"
     serve = "make serve" if model == "models:/htr@champion" else f"make serve MODEL={model}"
+    ui = "make ui    # runs and models in MLflow, on http://127.0.0.1:5000"
     if uri != "sqlite:///mlflow.db":
-        serve = f"MLFLOW_TRACKING_URI={uri} {serve}"
+        serve, ui = f"MLFLOW_TRACKING_URI={uri} {serve}", f"{uri}    # runs and models in MLflow"
     lines = [
         "",
         f"CER {score['cer']:.2%} ({100 * metrics['confidence']:g} % interval over {score['interval_over']} "
@@ -452,9 +452,7 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
         "",
         "Next:",
         f"  xdg-open {place('report')}    # look at it (macOS: open)",
-        "  make ui    # runs and models in MLflow, on http://127.0.0.1:5000"
-        if uri == "sqlite:///mlflow.db"
-        else f"  {uri}    # runs and models in MLflow",
+        f"  {ui}",
         f"  {serve}    # the model as a service",
         "  .venv/bin/kedro run --env finetune --params source.path=FOLDER    # your lines",
     ]

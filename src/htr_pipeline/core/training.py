@@ -218,7 +218,7 @@ def train_network(
                 _name_unfit_lines(state, step.figures.unfit, progress)
             told, verdict = monitor.kind or "learning", monitor.observe(step.figures)
             if verdict and verdict.kind != told:
-                progress.notice(f"Step {state.step}: {in_words(verdict, config)}", warning=verdict.failed)
+                progress.notice(f"Step {state.step}: {_in_words(verdict, config)}", warning=verdict.failed)
             if verdict and verdict.failed and config.on_collapse != "warn":
                 _go_back(state, verdict, config, progress)
                 trainer.restart(best if state.best_cer < READING_CER else initial)
@@ -559,7 +559,7 @@ def _name_unfit_lines(state: TrainingState, unfit: list[str], progress: Progress
         )
 
 
-def in_words(verdict: Verdict, config: TrainingConfig) -> str:
+def _in_words(verdict: Verdict, config: TrainingConfig) -> str:
     """What the verdict says, and whether the learning rate may be why."""
     return verdict.sentence + (unusual_rate(config) if verdict.rate_may_help else "")
 
@@ -567,7 +567,7 @@ def in_words(verdict: Verdict, config: TrainingConfig) -> str:
 def _go_back(state: TrainingState, verdict: Verdict, config: TrainingConfig, progress: Progress) -> None:
     """Lowers the rate, or raises where that is not wanted or does not help."""
     if config.on_collapse == "stop":
-        raise UserError(f"Step {state.step}: {in_words(verdict, config)} (training.on_collapse is stop.)")
+        raise UserError(f"Step {state.step}: {_in_words(verdict, config)} (training.on_collapse is stop.)")
     if not verdict.rate_may_help or state.returns >= _MOST_RETURNS:
         tried = f" The rate was lowered {state.returns} times." if state.returns else ""
         raise UserError(f"Step {state.step}: {verdict.sentence} A lower learning rate does not help here.{tried}")

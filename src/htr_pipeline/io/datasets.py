@@ -5,6 +5,7 @@ Kedro's own datasets write in place, so that a reader, or a process killed half-
 
 import json
 import zipfile
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ class _FileDataset(AbstractDataset):
                 "`kedro run --only-missing-outputs` makes it again."
             ) from exc
 
-    def _read(self) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _read(self) -> Any: ...
 
 
 class ParquetTable(_FileDataset):

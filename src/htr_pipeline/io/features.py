@@ -214,16 +214,12 @@ class FeatureShards:
 
     def content_hashes(self) -> dict[str, list[str]]:
         """Those of the lines of each split, in the order of the shards."""
-        return {
-            split: [
-                str(value)
-                for path in self._paths(split)
-                for value in pq.read_table(path, columns=["content_hash"], partitioning=None)[
-                    "content_hash"
-                ].to_pylist()
-            ]
-            for split in SPLITS
-        }
+
+        def read(split: str) -> Iterator[str]:
+            for path in self._paths(split):
+                yield from map(str, pq.read_table(path, columns=["content_hash"], partitioning=None)["content_hash"])
+
+        return {split: list(read(split)) for split in SPLITS}
 
     def num_bytes(self) -> int:
         """Size of all shards."""

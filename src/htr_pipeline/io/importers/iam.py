@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.io.importers.xml import MAX_XML_BYTES, parse_xml, root_tag
+from htr_pipeline.io.importers.xml import read_xml, root_tag
 from htr_pipeline.io.manifest import LEFT_OUT
 
 if TYPE_CHECKING:
@@ -128,16 +128,11 @@ def _read_form(path: Path, file: Path) -> list[dict[str, Any]]:
     """The handwritten lines of a form."""
     name = file.relative_to(path).as_posix()
     try:
-        if not file.resolve().is_relative_to(path.resolve()):
-            raise UserError("it is a link out of the source's folder, which is not followed. Copy the file.")
-        if not file.is_file():
-            raise UserError("not a regular file. Remove it.")
-        with file.open("rb") as stream:
-            form, _ = parse_xml(stream.read(MAX_XML_BYTES + 1))
+        form, _ = read_xml(path, file)
         lines = form.findall("handwritten-part/line")
         if form.tag != "form" or not lines:
             raise UserError(f"expected <form> with <handwritten-part> and lines in it, got <{form.tag}>. Remove it.")
-    except (UserError, OSError, RuntimeError) as exc:
+    except UserError as exc:
         detail = f"{name}: {exc}"
         return [{"line_id": file.stem, "file": name, "reason": "unreadable_xml", "detail": detail}]
     return [

@@ -181,6 +181,24 @@ def parse_xml(data: bytes) -> tuple[Element, str]:
     return root, builder.namespace
 
 
+def read_xml(root: Path, file: Path) -> tuple[Element, str]:
+    """What parse_xml makes of a file of the source in the folder `root`.
+
+    Raises:
+        UserError: as parse_xml, or it is no file that may and can be read.
+    """
+    try:
+        if not file.resolve().is_relative_to(root.resolve()):
+            raise UserError("it is a link out of the source's folder, which is not followed. Copy the file.")
+        if not file.is_file():
+            raise UserError("not a regular file. Remove it.")
+        with file.open("rb") as stream:
+            data = stream.read(MAX_XML_BYTES + 1)
+    except (OSError, RuntimeError) as exc:
+        raise UserError(f"it cannot be read ({exc}). Check its permissions.") from exc
+    return parse_xml(data)
+
+
 def root_tag(file: Path) -> str | None:
     """Local name of an XML file's root element, from its beginning; None where it has none or cannot be read."""
     parser = XMLParser(target=_RootFinder())
@@ -224,17 +242,7 @@ def _place(name: str) -> list[str]:
 
 def _read_page(root: Path, name: str, page_format: PageFormat) -> Page | None:
     """The page; None where the file is XML of another format."""
-    file = root / name
-    try:
-        if not file.resolve().is_relative_to(root.resolve()):
-            raise UserError("it is a link out of the source's folder, which is not followed. Copy the file.")
-        if not file.is_file():
-            raise UserError("not a regular file. Remove it.")
-        with file.open("rb") as stream:
-            data = stream.read(MAX_XML_BYTES + 1)
-    except (OSError, RuntimeError) as exc:
-        raise UserError(f"it cannot be read ({exc}). Check its permissions.") from exc
-    element, namespace = parse_xml(data)
+    element, namespace = read_xml(root, root / name)
     if element.tag != page_format.root_tag:
         return None
     if namespace and not re.match(page_format.namespace, namespace):
