@@ -54,6 +54,7 @@ def test_the_command_of_a_run_starts_it_again():
     }
     command = "kedro run --env test --tags 'a b,c' --from-inputs features --only-missing-outputs"
     assert _command(asked) == f"{command} --params 'training.epochs=3,report.title=My lines'"
+    assert _command({"pipeline_names": ["b", "a"]}) == _command({"pipeline_names": ["a", "b"]})
     fonts = {"demo": {"heldout_fonts": ["delius", "satisfy"]}}
     assert (
         _command({"runtime_params": fonts}) == "kedro run  # and demo.heldout_fonts, whose commas --params cannot hold"

@@ -628,8 +628,9 @@ def test_settings_of_the_machine_hold_with_an_environment_and_commands_join_one_
     store = client(project)
     (first,) = mlflow_runs(project)
     joined = store.create_run(first.info.experiment_id).info.run_id
-    for pipeline in ("data_validation", "reporting"):
-        command = [*KEDRO, "--pipeline", pipeline]
+    asked = ("data_validation", "data_validation,reporting")
+    for names in asked:
+        command = [*KEDRO, "--pipelines", names]
         given = environment() | {"MLFLOW_RUN_ID": joined}
         done = subprocess.run(command, cwd=project, env=given, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -638,7 +639,7 @@ def test_settings_of_the_machine_hold_with_an_environment_and_commands_join_one_
     assert run.data.params["decoding.hot_words"] == '{"l\'État": 3.0}'
     assert (run.data.params["report.title"], run.data.params["training.epochs"]) == ("Mine", "2")
     assert run.data.tags["pipelines"] == "data_validation, reporting"
-    commands = [f"kedro run --env test --pipelines {name}" for name in ("data_validation", "reporting")]
+    commands = [f"kedro run --env test --pipelines {names}" for names in asked]
     assert run.data.tags["command"] == " && ".join(commands)
     assert "<title>Mine" in artifact(run, "report.html")
 

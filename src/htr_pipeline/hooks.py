@@ -225,7 +225,7 @@ class MlflowHook:
 
         run_id = os.environ.get("MLFLOW_RUN_ID") or self._killed_run(run_params)
         if run_id is None:
-            names = run_params.get("pipeline_names") or []
+            names = sorted(run_params.get("pipeline_names") or [])
             mlflow.set_experiment(experiment_id=self._experiment_id())
             mlflow.start_run(run_name="+".join(names) or "kedro run")
         else:
@@ -344,8 +344,7 @@ class MlflowHook:
         return None
 
     def _command_hash(self, run_params: dict[str, Any]) -> str:
-        asked = {key: run_params.get(key) for key in _OPTIONS.values()}
-        content = json.dumps([asked, self._parameters], sort_keys=True, default=str)
+        content = json.dumps([_asked(run_params), self._parameters], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _tags(self, run_params: dict[str, Any]) -> dict[str, str]:
@@ -357,7 +356,7 @@ class MlflowHook:
             **tags,
             "kedro_env": str(self._env),
             "command": _command(run_params),
-            "pipelines": ", ".join(run_params.get("pipeline_names") or ["all"]),
+            "pipelines": ", ".join(sorted(run_params.get("pipeline_names") or ["all"])),
             "python": platform.python_version(),
             "platform": platform.platform(),
             **{f"version {name}": version(name) for name in _PACKAGES},
@@ -371,13 +370,23 @@ def tracking_uri(project: Path, settings: dict[str, Any]) -> str:
     return uri if local == uri or local.startswith("/") else f"sqlite:///{project / local}"
 
 
+def _asked(run_params: dict[str, Any]) -> dict[str, str | bool]:
+    """The options that were given, their names sorted: Kedro has those of pipelines in any order, another each time."""
+    given = {option: run_params.get(key) for option, key in _OPTIONS.items()}
+    return {
+        option: value if isinstance(value, bool | str) else ",".join(sorted(value))
+        for option, value in given.items()
+        if value
+    }
+
+
 def _command(run_params: dict[str, Any]) -> str:
     """What starts this run again, from the project's folder."""
     words = ["kedro", "run"]
-    for option, key in {"--env": "env", **_OPTIONS}.items():
-        value = run_params.get(key)
-        if value:
-            words += [option] if value is True else [option, value if isinstance(value, str) else ",".join(value)]
+    if env := run_params.get("env"):
+        words += ["--env", env]
+    for option, value in _asked(run_params).items():
+        words += [option] if value is True else [option, str(value)]
     parameters = {
         key: value if isinstance(value, str) else json.dumps(value)
         for key, value in _flat(run_params.get("runtime_params") or {}).items()
