@@ -87,3 +87,18 @@ def test_the_column_of_images_is_taken_by_its_name_or_as_the_only_one(tmp_path, 
         assert loaded.predict(None, frame)["text"].tolist() == texts
     with pytest.raises(MlflowException, match=r"The columns are id, scan: expected a column image"):
         loaded.predict(None, pd.DataFrame({"id": [1, 2, 3], "scan": images}))
+
+
+def test_images_may_be_arrays_and_a_network_alone_reads_greedily(tmp_path, network, images):
+    decoding = DecodingConfig(decoder="greedy", looks=3)
+    whole = reader(tmp_path, network, decoding)
+    arrays = [np.asarray(Image.open(io.BytesIO(image))) for image in images]
+    pd.testing.assert_frame_equal(whole.predict(None, arrays), read(whole, images))
+    wrong = whole.predict(None, [arrays[0].astype(np.float32), np.zeros((2, 3, 3), np.uint8)])
+    assert wrong["error"].str.contains(r"must be \(height, width\) uint8, grey, got").all()
+    (tmp_path / "provenance.json").write_text('{"feature_settings": {"height_pixels": 32}}', encoding="utf-8")
+    files = {name: tmp_path / f"{name}.json" for name in ("charset", "provenance")}
+    alone = LineReader().load({"network": network, **files})
+    pd.testing.assert_frame_equal(read(alone, images), read(whole, images))
+    with pytest.raises(MlflowException, match=r"beam_lm.*without a language model"):
+        read(alone, images, decoder="beam_lm")

@@ -756,6 +756,41 @@ def test_export_finds_the_sources_from_any_folder_and_writes_into_none(toy):
     assert not (toy.project / "data/01_raw/demo/out").exists()
 
 
+# --- new lines -------------------------------------------------------------------------------------------------------
+
+
+def kedro_transcribe(project, *arguments):
+    command = [sys.executable, "-m", "kedro", "transcribe", "--env", "test", *arguments]
+    return subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_new_lines_are_read_by_the_champion_as_the_evaluation_reads_them(toy, tmp_path):
+    done = kedro_transcribe(toy.project, "data/01_raw/demo", "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"lines read by models:/htr@champion \(beam_lm\)\. About \d+ of them should", done.stdout)
+    read = pd.read_csv(tmp_path / "out/lines.tsv", sep="\t", quoting=3, keep_default_na=False, index_col="line_id")
+    predictions = pd.read_parquet(catalog(toy.project)["predictions"])
+    expected = predictions[predictions["decoder"] == "beam_lm"].set_index("line_id")["hypothesis"]
+    assert read["text"].reindex(expected.index).to_dict() == expected.to_dict()
+
+
+def test_new_lines_without_a_model_or_with_wrong_settings_are_a_sentence(tmp_path):
+    project = new_project(tmp_path / "project")
+    source = ["conf", "--output", str(tmp_path / "out")]
+    for arguments, message in (
+        ([], "no model has been registered there. `kedro run` trains and registers one; --model starter reads"),
+        (["--model", "starter"], "no lines recognised"),
+        (["--model", "here"], "--model = 'here': Expected a folder with model.keras"),
+        (["--params", "training.epochs=3"], "--params training: only settings of source count here"),
+        (["--params", "source.id_colum=id"], "Did you mean source.id_column?"),
+    ):
+        done = kedro_transcribe(project, *source, *arguments)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+    assert not (project / "mlflow.db").exists()
+
+
 # --- one batch -------------------------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,83 @@ def export(format: str, output: Path, decoder: str | None, split: str | None, en
         click.echo(f"Files in {output}: {len(files)}, for instance {files[0]}")
 
 
+@cli.command("transcribe")
+@click.argument("path", type=click.Path(path_type=Path, exists=True))
+@click.option("--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to write to.")
+@click.option(
+    "--format",
+    type=click.Choice(("page", "alto", "text", "tsv", "hocr")),
+    help="What to write; default: as the source has it, page or alto, tsv for anything else.",
+)
+@click.option("--model", help="models:/NAME@ALIAS, models:/NAME/VERSION, a folder or starter; default: the champion.")
+@click.option("--decoder", type=click.Choice(("greedy", "beam", "beam_lm")), help="Default: that of the model.")
+@click.option("--only-empty", is_flag=True, help="Leave lines alone that have a text already.")
+@click.option("--env", "-e", help="Kedro environment, as for run.")
+@click.option(
+    "--params", default="", help="Settings of the source, as source.image_column=file.", callback=_split_params
+)
+def transcribe(
+    path: Path,
+    output: Path,
+    format: str | None,
+    model: str | None,
+    decoder: str | None,
+    only_empty: bool,
+    env: str | None,
+    params: dict[str, Any],
+) -> None:
+    """Read new lines: PATH has PAGE or ALTO files with page images, line images, or a table of them."""
+    from kedro.framework.session import KedroSession
+
+    from htr_pipeline.io.importers import NewLinesConfig
+    from htr_pipeline.io.starting_point import StartingPoint
+    from htr_pipeline.transcription import REJECTED, transcribe
+
+    with errors_in_words():
+        if unknown := sorted(set(params) - {"source"}):
+            raise UserError(
+                f"--params {', '.join(unknown)}: only settings of source count here, as source.id_column=id."
+            )
+        source = NewLinesConfig(**{"path": str(path.resolve()), **params.get("source", {})})
+        output = output.resolve()
+        with KedroSession.create(env=env) as session:
+            context = session.load_context()
+        registration = context.params["registration"]
+        if model is None:
+            model = f"models:/{registration.model_name}@{registration.alias}"
+        if model.startswith("models:"):
+            _use_mlflow(context)
+        os.chdir(context.project_path)  # where the store is, and images that lay within a table
+        done = transcribe(
+            source,
+            output,
+            StartingPoint.find(model, "--model"),
+            Path("data/07_model_output/transcriptions.sqlite"),
+            format=format,
+            decoder=decoder,
+            only_empty=only_empty,
+        )
+    before = f", {done.num_known} of them before" if done.num_known else ""
+    right = "" if done.num_right is None else f" About {done.num_right:.0f} of them should be without an error."
+    click.echo(f"{done.num_lines} lines read by {model} ({done.decoder}){before}.{right}")
+    click.echo(f"Files in {output}: {len(done.files)}, for instance {done.files[0]}")
+    if done.num_rejected:
+        click.echo(f"{done.num_rejected} lines could not be read: {output / REJECTED} says why.")
+
+
+def _use_mlflow(context: Any) -> None:
+    """Sets the project's MLflow, from which a model is to be loaded; a database is not made for that."""
+    import mlflow
+
+    uri = tracking_uri(context.project_path, context.config_loader["mlflow"])
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise UserError(
+            f"{uri}: no model has been registered there. `kedro run` trains and registers one; --model starter reads "
+            "with the network that the package brings along."
+        )
+    mlflow.set_tracking_uri(uri)
+
+
 @cli.command("check-batch")
 @click.option("--seconds", default=60.0, show_default=True, help="When to give up.")
 @click.option("--env", "-e", help="Kedro environment, as for run.")

@@ -7,7 +7,7 @@ import base64
 import binascii
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ def write_settings(path: Path, features: ImageConfig, decoding: DecodingConfig, 
 class LineReader(mlflow.pyfunc.PythonModel):
     """Reads line images: a list, or the column image of a DataFrame, of paths or bytes of PNG, JPEG or TIFF files.
 
+    A list may also have (height, width) uint8 arrays, grey.
+
     Over REST an image is base64 text, and paths are not opened: a request must not read the server's files.
     """
 
@@ -73,26 +75,42 @@ class LineReader(mlflow.pyfunc.PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Loads network, charset, language model, lexicon and settings from the model's artifacts."""
+        self.load({name: Path(path) for name, path in context.artifacts.items()})
+
+    def load(self, files: Mapping[str, Path]) -> "LineReader":
+        """Loads what reading needs; returns itself.
+
+        Args:
+            files: network and charset, provenance; and settings, language_model and lexicon, without which lines are
+                read greedily and their confidences are not calibrated.
+        """
         import keras
 
         import htr_pipeline.core.model  # noqa: F401  registers the layers
         from htr_pipeline.core.inference import Network
 
-        files = {name: Path(path) for name, path in context.artifacts.items()}
-        settings = json.loads(files["settings"].read_text(encoding="utf-8"))
+        charset = Charset.from_json(files["charset"].read_text(encoding="utf-8"))
+        self.provenance = json.loads(files["provenance"].read_text(encoding="utf-8")) if "provenance" in files else {}
+        settings = {
+            "features": self.provenance.get("feature_settings", {}),
+            "decoding": {"decoder": "greedy"},
+            "calibration": {},
+        }
+        self._language_model = self._lexicon = None
+        if "settings" in files:
+            settings = json.loads(files["settings"].read_text(encoding="utf-8"))
+            self._language_model = load_language_model(files["language_model"])
+            words = files["lexicon"].read_text(encoding="utf-8").split()
+            self._lexicon = DecodingConfig(**settings["decoding"]).build_lexicon(words, charset)
         self._features = ImageConfig(**settings["features"])
         self._decoding = settings["decoding"]
-        self._language_model = load_language_model(files["language_model"])
-        words = files["lexicon"].read_text(encoding="utf-8").split()
-        charset = Charset.from_json(files["charset"].read_text(encoding="utf-8"))
-        self._lexicon = DecodingConfig(**self._decoding).build_lexicon(words, charset)
         calibrations = {
             decoder: {level: Calibration(**fitted) for level, fitted in levels.items()}
             for decoder, levels in settings["calibration"].items()
         }
-        self.provenance = json.loads(files["provenance"].read_text(encoding="utf-8")) if "provenance" in files else {}
         network = keras.models.load_model(files["network"], compile=False, safe_mode=True)
         self._network = Network(network, charset, calibrations)
+        return self
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """One row for each image: text, confidence, and the error where the image could not be read.
@@ -100,23 +118,37 @@ class LineReader(mlflow.pyfunc.PythonModel):
         The confidence is the probability that the line is read without an error, as calibrated on validation lines.
         """
         try:
-            asked = {name: value for name, value in (params or {}).items() if value is not None}
-            decoding = DecodingConfig(**{**self._decoding, **asked})
+            decoding = self.decoding(**(params or {}))
             images = _images(model_input)
         except UserError as exc:  # of another kind, MLflow would hide it from those who ask over REST
             raise MlflowException.invalid_parameter_value(str(exc)) from None
         rows = []
         for start in range(0, len(images), _CHUNK_LINES):
-            rows += self._read(images[start : start + _CHUNK_LINES], decoding)
+            rows += self.read(images[start : start + _CHUNK_LINES], decoding)
         answer = pd.DataFrame(rows, columns=["text", "confidence", "error"])
         # pandas has NaN for what is missing, which is no JSON.
         return answer.astype(object).where(answer.notna(), None) if _is_served() else answer
 
-    def _read(self, images: list[Any], decoding: DecodingConfig) -> list[tuple[str | None, float | None, str | None]]:
+    def decoding(self, **asked: Any) -> DecodingConfig:
+        """How the model decodes, with what is asked for in place of its own settings; None asks for nothing.
+
+        Raises:
+            UserError: a setting that there is not, or beam_lm of a model without a language model.
+        """
+        asked = {name: value for name, value in asked.items() if value is not None}
+        decoding = DecodingConfig(**{**self._decoding, **asked})
+        if decoding.decoder == "beam_lm" and self._language_model is None:
+            raise UserError("decoder = 'beam_lm': this network comes without a language model. Take greedy or beam.")
+        return decoding
+
+    def read(
+        self, images: Sequence[Any], decoding: DecodingConfig
+    ) -> list[tuple[str | None, float | None, str | None]]:
+        """Text, confidence and error of each image, which are held in memory together."""
         lines, errors = [], {}
         for index, image in enumerate(images):
             try:
-                pixels = normalise_line(read_image(_source(image)), self._features).pixels
+                pixels = normalise_line(_grey(image), self._features).pixels
                 lines.append(Line(str(index), pixels, ""))
             except UserError as exc:
                 errors[index] = str(exc)
@@ -158,6 +190,15 @@ def _as_list(column: Any) -> list[Any]:
     return [column] if isinstance(column, str | bytes) else list(column)
 
 
+def _grey(image: Any) -> np.ndarray:
+    """(height, width) uint8."""
+    if not isinstance(image, np.ndarray) or _is_served():
+        return read_image(_source(image))
+    if image.ndim != 2 or image.dtype != np.uint8:
+        raise UserError(f"an array must be (height, width) uint8, grey, got {image.shape} {image.dtype}.")
+    return image
+
+
 def _source(image: Any) -> Path | bytes:
     if isinstance(image, bytes | bytearray | memoryview | np.bytes_):
         return bytes(image)
@@ -168,7 +209,7 @@ def _source(image: Any) -> Path | bytes:
             raise UserError("the image must be the base64 text of a PNG, JPEG or TIFF file.") from None
     if isinstance(image, str | Path):
         return Path(image)
-    raise UserError(f"an image is given as a path or as bytes, got {type(image).__name__}.")
+    raise UserError(f"an image is given as a path, as bytes or as an array, got {type(image).__name__}.")
 
 
 mlflow.models.set_model(LineReader())

@@ -236,7 +236,7 @@ def test_changed_image_is_computed_and_a_changed_setting_computes_all(tmp_path, 
 
 def test_image_that_was_replaced_after_validation_is_refused(tmp_path, manifest):
     draw_line(tmp_path / "images" / "train-03.png", 1000)
-    with pytest.raises(DatasetError, match=r"'train-03': .*train-03.png is not the file that was validated.*kedro run"):
+    with pytest.raises(DatasetError, match=r"'train-03': .*train-03.png is not the file that was imported.*kedro run"):
         save(tmp_path / "features", manifest)
 
 

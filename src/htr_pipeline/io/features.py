@@ -362,13 +362,13 @@ def line_images(rows: Iterable[dict[str, Any]], roots: dict[str, Path]) -> Itera
                     image = read_image(path)
                     file_hash = _checksum(path)
                 if row.get("content_hash", found := line_hash(file_hash, row["polygon"], row["baseline"])) != found:
-                    raise UserError(f"{path} is not the file that was validated: its SHA-256 is now {file_hash[:12]}….")
+                    raise UserError(f"{path} is not the file that was imported: its SHA-256 is now {file_hash[:12]}….")
                 is_page = row["polygon"] is not None or row["baseline"] is not None
                 line = cut_line(image, row["polygon"], row["baseline"]) if is_page else image
             except UserError as exc:
                 raise UserError(
-                    f"line {row['line_id']!r}: {exc} It was there and could be read at validation: if images were "
-                    "changed, run `kedro run --pipeline data_validation` again."
+                    f"line {row['line_id']!r}: {exc} It was there and could be read when the lines were imported: if "
+                    "images were changed, begin there again (`kedro run --pipeline data_validation`)."
                 ) from exc
             yield row, line
 

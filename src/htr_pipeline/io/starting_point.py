@@ -37,12 +37,13 @@ class StartingPoint:
     charset_path: Path
 
     @classmethod
-    def find(cls, place: str) -> "StartingPoint":
+    def find(cls, place: str, setting: str = "training.start_from") -> "StartingPoint":
         """Finds the files.
 
         Args:
             place: a folder with charset.json and model.keras, as training writes them, a models:/ URI of MLflow, or
                 "starter".
+            setting: what the place was given as, for errors.
 
         Raises:
             UserError: they are not there.
@@ -51,17 +52,26 @@ class StartingPoint:
         if place == STARTER:
             folder = STARTER_FOLDER
         elif place.startswith("models:"):
-            name, folder = _registered(place)
+            name, folder = _registered(place, setting)
         models = [folder / file for file in ("model.keras", "network.keras") if (folder / file).is_file()]
         charset = folder / "charset.json"
         if not models or not charset.is_file():
             missing = f" This installation has no starter model in {folder}." if place == STARTER else ""
             raise UserError(
-                f"training.start_from = {place!r}:{missing} Expected a folder with model.keras and charset.json, as "
+                f"{setting} = {place!r}:{missing} Expected a folder with model.keras and charset.json, as "
                 "training writes them to data/06_models, the URI of a registered model, such as models:/htr@champion, "
                 "or starter, the model that the package brings along."
             )
         return cls(name, models[0], charset)
+
+    def files(self) -> dict[str, Path]:
+        """What mlflow_model.LineReader reads with: all that lies there of a registered model, or else what must."""
+        folder = self.model_path.parent
+        names = ("language_model.npz", "lexicon.txt", "settings.json")
+        of_registered = [folder / name for name in names if (folder / "settings.json").is_file()]
+        provenance = [folder / PROVENANCE] if (folder / PROVENANCE).is_file() else []
+        found = {path.stem: path for path in (*of_registered, *provenance)}
+        return {"network": self.model_path, "charset": self.charset_path, **found}
 
     def model(self) -> Any:
         """The network.
@@ -160,7 +170,7 @@ def num_learnt(provenance: Mapping[str, Any], content_hashes: Iterable[str], tra
     return sum(content_hash[:_HASH_DIGITS] in learnt for content_hash in content_hashes)
 
 
-def _registered(uri: str) -> tuple[str, Path]:
+def _registered(uri: str, setting: str) -> tuple[str, Path]:
     """The URI with a version in place of an alias, and a folder with the files."""
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -172,4 +182,4 @@ def _registered(uri: str) -> tuple[str, Path]:
             found = f"models:/{model}/{mlflow.MlflowClient().get_model_version_by_alias(model, alias).version}"
         return found, Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{found}/artifacts"))
     except MlflowException as exc:
-        raise UserError(f"training.start_from = {uri!r}: MLflow does not have it: {exc.message}") from None
+        raise UserError(f"{setting} = {uri!r}: MLflow does not have it: {exc.message}") from None

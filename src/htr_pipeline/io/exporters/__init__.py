@@ -5,7 +5,7 @@ The files that lines came from are read again for PAGE and ALTO and never writte
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def export_lines(
     Args:
         format: one of FORMATS; page and alto need lines that came from files of that format.
         manifest: table of MANIFEST.
-        predictions: table of PREDICTIONS.
+        predictions: table of PREDICTIONS, of which line_id, split, decoder, hypothesis and confidence are looked at.
         folder: where to; it may not lie in the folder of a source.
         decoder: whose readings, of several.
         split: train, validation or test; None for every line that was read.
@@ -57,9 +57,10 @@ def export_lines(
     lines = _join(manifest, predictions, decoder, split)
     roots, prefixes = image_roots(manifest), id_prefixes(manifest)
     if format == "tsv":
-        return [_write(folder / "lines.tsv", _to_tsv(lines), roots)]
+        rows = ((line["line_id"], line["text"], f"{line['confidence']:.4f}") for line in lines)
+        return [_write(folder / "lines.tsv", to_tsv(("line_id", "text", "confidence"), rows), roots)]
     if format in _EDITORS:
-        lines = _of_format(lines, format)
+        lines = of_format(lines, format)
     pages: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         pages.setdefault((line["source"], line["page_id"]), []).append(line)
@@ -114,7 +115,12 @@ def _join(manifest: pa.Table, predictions: pa.Table, decoder: str, split: str | 
     return lines
 
 
-def _of_format(lines: list[dict[str, Any]], format: str) -> list[dict[str, Any]]:
+def of_format(lines: list[dict[str, Any]], format: str) -> list[dict[str, Any]]:
+    """The rows of a manifest that came from files of that format, page or alto.
+
+    Raises:
+        UserError: none did.
+    """
     fitting = [line for line in lines if line["format"] == format]
     others = sorted({line["format"] for line in lines} - {format})
     if not fitting:
@@ -149,11 +155,9 @@ def _edit(
         raise UserError(f"{file}: {exc}") from exc
 
 
-def _to_tsv(lines: list[dict[str, Any]]) -> bytes:
-    """Columns line_id, text, confidence; without quoting, so that white space in a cell becomes a blank."""
-    rows = [("line_id", "text", "confidence")]
-    rows += [(line["line_id"], line["text"], f"{line['confidence']:.4f}") for line in lines]
-    return "".join("\t".join(re.sub(r"\s", " ", cell) for cell in row) + "\n" for row in rows).encode()
+def to_tsv(names: Sequence[str], rows: Iterable[Sequence[str]]) -> bytes:
+    """A table without quoting: any white space in a cell becomes a space."""
+    return "".join("\t".join(re.sub(r"\s", " ", cell) for cell in row) + "\n" for row in (names, *rows)).encode()
 
 
 def _output_path(folder: Path, page_id: str, suffix: str) -> Path:
@@ -162,10 +166,15 @@ def _output_path(folder: Path, page_id: str, suffix: str) -> Path:
     return folder.joinpath(*(name if name.strip(". ") else "_" for name in names[:-1]), f"{names[-1] or '_'}{suffix}")
 
 
-def _write(path: Path, content: bytes, roots: Mapping[str, Path]) -> Path:
+def check_output(path: Path, roots: Mapping[str, Path]) -> None:
+    """Raises UserError where the path lies in the folder of a source."""
     for root in roots.values():
         if path.resolve().is_relative_to(root.resolve()):
             raise UserError(f"{path} would lie in {root}, which is a source. Export to a folder outside of it.")
+
+
+def _write(path: Path, content: bytes, roots: Mapping[str, Path]) -> Path:
+    check_output(path, roots)
     try:
         with replacing(path) as partial:
             partial.write_bytes(content)

@@ -3,8 +3,9 @@
 A reader is a function (path, config) -> rows, one dictionary for each line that it met, in a fixed order. A row has
 `line_id` and `file` (relative to the source's folder) and, as far as the format tells, `text`, `image_path`, `split`,
 `writer_id`, `page_id`, `group`, `image_name` (what an unpacked image was called before); a line of a page also has
-`polygon`, `baseline` and, in the same units, `page_size` (or None). A row that cannot become a line has `reason` (a
-code) and `detail` (a sentence) instead. Another format is one more module beside this one and one entry in READERS.
+`polygon`, `baseline` and, in the same units, `page_size` (or None), or `problem`, why its place cannot be used. A row
+that cannot become a line has `reason` (a code) and `detail` (a sentence) instead. Another format is one more module
+beside this one and one entry in READERS.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from functools import lru_cache
 from itertools import chain, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,7 @@ from htr_pipeline.core.image import perceptual_hash, read_image
 from htr_pipeline.core.text import UNICODE_FORMS, normalise_text, visual_text
 from htr_pipeline.io.importers.alto import ALTO
 from htr_pipeline.io.importers.iam import is_iam, read_iam
-from htr_pipeline.io.importers.lines import has_lines, read_lines
+from htr_pipeline.io.importers.lines import has_images, has_lines, read_lines
 from htr_pipeline.io.importers.page import PAGE
 from htr_pipeline.io.importers.table import TABLE_SUFFIXES, find_tables, read_table, unpacked_folder
 from htr_pipeline.io.importers.xml import MAX_DISTORTION, find_roots, has_area
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 10_000  # of a line
 DEMO_FOLDER = "data/01_raw/demo"  # where the demo is rendered, unless another format is asked for
+_OF_THE_TEXT = ("missing_text", "unreadable_text")  # reasons of rows that have an image all the same
 # Pages decoded at the same time; one of MAX_IMAGE_PIXELS takes half a gigabyte, or one if it has to be turned.
 _MAX_THREADS = 8
 _PARTS_A_THREAD = 16
@@ -72,9 +74,11 @@ class SourceConfig:
     text_order: str = setting(default="logical", choices=("logical", "visual"))
     validation_share: float = setting(default=0.1, minimum=0.01, maximum=0.4)  # of the writers that have no split yet
     test_share: float = setting(default=0.1, minimum=0.01, maximum=0.4)
+    needs_text: ClassVar[bool] = True  # no setting: whether a line that nobody has transcribed is left out
 
     def __post_init__(self) -> None:
-        if self.format == "auto" and Path(self.path).absolute() == Path(DEMO_FOLDER).absolute():
+        is_demo = self.needs_text and Path(self.path).absolute() == Path(DEMO_FOLDER).absolute()
+        if self.format == "auto" and is_demo:
             object.__setattr__(self, "format", "demo")
         if self.writer_pattern is None:
             return
@@ -89,6 +93,12 @@ class SourceConfig:
                 f"source.writer_pattern = {self.writer_pattern!r}: expected one group in parentheses, the writer, "
                 f"got {num_groups}. For 'ms12_f003_l07.png' and writer 'ms12' write ^([^_]+)_"
             )
+
+
+class NewLinesConfig(SourceConfig):
+    """The same for lines that are yet to be read: those without a text are lines like all others, their text empty."""
+
+    needs_text: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, init=False)
@@ -141,7 +151,8 @@ def import_lines(
     Args:
         path: a folder, or a table's file.
         format: a key of READERS, or "auto", which looks at what is there.
-        config: columns, writer and split rule, Unicode form; its own path and format are not looked at.
+        config: columns, writer and split rule, Unicode form; its own path and format are not looked at. Of
+            NewLinesConfig, lines without a text are not rejected.
         demo: DemoConfig for format "demo", which renders its lines into the folder first.
 
     Returns:
@@ -155,7 +166,7 @@ def import_lines(
     path, config = Path(path), config or SourceConfig()
     if format not in (*READERS, "auto"):
         raise UserError(f"source.format = {format!r}: there is no such format. Allowed: auto, {', '.join(READERS)}.")
-    if format == "demo":
+    if format == "demo" and config.needs_text:
         from htr_pipeline.io.importers.demo import DemoConfig, render_demo
 
         render_demo(path, demo or DemoConfig())
@@ -164,7 +175,7 @@ def import_lines(
             f"source.path = {str(path)!r}: there is no such file or folder (working folder: {Path.cwd()}). "
             "Give the folder with the lines or the table's file."
         )
-    format = _recognise(path) if format == "auto" else format
+    format = _recognise(path, config.needs_text) if format == "auto" else format
     root = source_root(path, format, config)
     resolved_root, name = root.resolve(), source_root(path).resolve().name
     # Remembered, also where it fails: ten thousand lines must not have the same bad page decoded ten thousand times.
@@ -207,7 +218,7 @@ def source_root(path: str | Path, format: str = "auto", config: SourceConfig | N
     return unpacked or (path.parent if path.is_file() else path)
 
 
-def _recognise(path: Path) -> str:
+def _recognise(path: Path, needs_text: bool) -> str:
     """The format of what lies at the path."""
     if path.is_file():
         if path.suffix.lower() in TABLE_SUFFIXES:
@@ -236,6 +247,8 @@ def _recognise(path: Path) -> str:
         )
     if formats:
         return formats[0]
+    if not needs_text and has_images(path):
+        return "lines"
     raise UserError(
         f"source.path = {str(path)!r}: no lines recognised. {_contents(path)} Expected images (.png, .jpg, .tif) with "
         f"NAME.gt.txt or NAME.txt beside each, a table ({', '.join(TABLE_SUFFIXES)}) with images and texts, pages with "
@@ -309,17 +322,19 @@ def _finish(
             "in UTF-8."
         )
         return printable | _reject("bad_name", detail)
-    if "reason" in row:
+    if "reason" in row and (config.needs_text or row["reason"] not in _OF_THE_TEXT):
         return row
-    text = normalise_text(row["text"] or "", config.unicode_form)
+    text = normalise_text(row.get("text") or "", config.unicode_form)
     if config.text_order == "visual":
         text = visual_text(text)
-    if len(text) > MAX_CHARACTERS:
+    if config.needs_text and len(text) > MAX_CHARACTERS:
         detail = f"{row['line_id']}: {len(text)} characters; at most {MAX_CHARACTERS} are read. Is it one line?"
         return row | _reject("long_text", detail)
-    if not text:
+    if config.needs_text and not text:
         place = row["line_id"] if "page_size" in row else row["file"]
         return row | _reject("empty_text", f"{place}: there is no text. Transcribe the line or remove it.")
+    if row.get("problem"):
+        return row | _reject("bad_geometry", f"{row['line_id']}: {row['problem']}")
     image = root / row["image_path"]
     try:
         inside, there = image.resolve().is_relative_to(resolved_root), image.is_file()

@@ -97,6 +97,11 @@ def has_lines(path: Path) -> bool:
     return bool(_text_suffixes(files, {_composed(_stem(name)) for name in images}))
 
 
+def has_images(path: Path) -> bool:
+    """Whether there is an image at or below the folder."""
+    return any(name.lower().endswith(IMAGE_SUFFIXES) for name in visible_files(path))
+
+
 def visible_files(path: Path) -> Iterator[str]:
     """Files below the folder, relative to it; hidden files and folders are left out, links to folders not followed."""
     for folder, subfolders, names in os.walk(path):

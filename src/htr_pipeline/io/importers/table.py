@@ -333,7 +333,7 @@ def _find_columns(file: Path, columns: list[str], config: "SourceConfig") -> dic
         guess = next((lower[name] for name in usual_names if name in lower), None) if wanted is None else wanted
         if guess:
             found[kind] = guess
-    if "text" not in found:
+    if "text" not in found and config.needs_text:
         raise UserError(
             f"{has} None is the text (looked for {', '.join(_USUAL_NAMES['text'])}): name it in source.text_column."
         )

@@ -267,10 +267,7 @@ def _page_rows(base: Mapping[str, Any], page: Page, images: "ImageIndex") -> Ite
     page_size = (page.width, page.height) if page.width and page.height else None
     for position, line in enumerate(page.lines, start=1):
         line_id = line.id if line.id and len(line.id) <= MAX_NAME_CHARACTERS else f"line{position}"
-        row = {**base, "line_id": f"{base['page_id']}/{line_id}", **found, "text": line.text}
-        # Without a text the line is only waiting, whatever its geometry.
-        if "reason" not in row and line.problem and line.text.strip():
-            row |= {"reason": "bad_geometry", "detail": f"{row['line_id']}: {line.problem}"}
+        row = {**base, "line_id": f"{base['page_id']}/{line_id}", **found, "text": line.text, "problem": line.problem}
         yield row | {"polygon": line.polygon, "baseline": line.baseline, "page_size": page_size}
 
 

@@ -1,0 +1,217 @@
+"""New lines read with a trained network and written for other programs: what `kedro transcribe` does."""
+
+import hashlib
+import json
+import logging
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.io.atomic import replacing
+from htr_pipeline.io.exporters import check_output, export_lines, of_format, to_tsv
+from htr_pipeline.io.features import line_images
+from htr_pipeline.io.importers import NewLinesConfig, import_lines, source_root
+from htr_pipeline.io.starting_point import StartingPoint
+
+logger = logging.getLogger(__name__)
+
+REJECTED = "rejected_lines.tsv"
+# Read, and kept, at a time: what a killed process loses.
+_LINES_AT_A_TIME = 256
+_LAYOUTS = ("page", "alto")  # formats of sources that have a layout to write into
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """What was read.
+
+    Attributes:
+        files: that were written, in the source's order.
+        decoder: that read.
+        num_lines: that were read.
+        num_known: those among them that the same model had read before.
+        num_right: how many of them are without an error by the model's estimate; None for a network alone, whose
+            confidences are not calibrated.
+        num_rejected: lines that could not be read; the table REJECTED beside the files says why.
+    """
+
+    files: list[Path]
+    decoder: str
+    num_lines: int
+    num_known: int
+    num_right: float | None
+    num_rejected: int
+
+
+def transcribe(
+    source: NewLinesConfig,
+    output: Path,
+    model: StartingPoint,
+    store: Path,
+    *,
+    format: str | None = None,
+    decoder: str | None = None,
+    only_empty: bool = False,
+) -> Transcription:
+    """Reads the lines of a source, transcribed or not, and writes what was read.
+
+    Args:
+        source: where the lines are: all that import_lines takes, and a folder of line images alone.
+        output: folder to write to; not within the source's.
+        model: a registered model, or a network alone, which reads greedily.
+        store: database of what was read, by model and image, so that nothing is read twice; it is made where there is
+            none.
+        format: one of io.exporters.FORMATS; None for page or alto where the source has such files, tsv elsewhere.
+        decoder: one of core.recipe.DECODERS; None for that of the model.
+        only_empty: lines that have a text already are not read.
+
+    Raises:
+        UserError: there is no line to be read, the output cannot be written, or model and decoder do not fit.
+    """
+    lines, rejected = import_lines(source.path, source.format, source)
+    num_found = len(lines)
+    if only_empty:
+        lines = lines.filter(pc.equal(lines["text"], ""))
+    if not len(lines):
+        raise UserError(_nothing_to_read(source.path, num_found, rejected))
+    rows, source_format = lines.to_pylist(), lines["format"][0].as_py()
+    roots = {rows[0]["source"]: source_root(source.path, source_format, source)}
+    format = format or (source_format if source_format in _LAYOUTS else "tsv")
+    check_output(output, roots)
+    if format in _LAYOUTS:
+        of_format(rows, format)  # raises now, not when all has been read
+    _warn_of_pages(rows)
+
+    from htr_pipeline.mlflow_model import LineReader
+
+    reader = LineReader().load(model.files())
+    decoding = reader.decoding(decoder=decoder)
+    hashes = [row["content_hash"] for row in rows]
+    with _Readings(store, _reading_hash(model.files().values(), asdict(decoding))) as readings:
+        known = readings.find(hashes)
+        images = line_images([row for row in rows if row["content_hash"] not in known], roots)
+        num_known = sum(content_hash in known for content_hash in hashes)
+        with tqdm(total=len(rows), initial=num_known, desc="Reading lines", unit="line") as bar:
+            while some := list(islice(images, _LINES_AT_A_TIME)):
+                read = reader.read([grey for _, grey in some], decoding)
+                readings.add(_without_errors(some, read))
+                bar.update(len(some))
+        known = readings.find(hashes)
+
+    predictions = pa.table(
+        {
+            "line_id": lines["line_id"],
+            "split": lines["split"],
+            "decoder": pa.repeat(decoding.decoder, len(lines)),
+            "hypothesis": [known[content_hash][0] for content_hash in hashes],
+            "confidence": [known[content_hash][1] for content_hash in hashes],
+        }
+    )
+    manifest = lines.replace_schema_metadata(
+        {"image_roots": json.dumps({name: str(root) for name, root in roots.items()})}
+    )
+    files = export_lines(format, manifest, predictions, output, decoder=decoding.decoder)
+    _write_rejected(output / REJECTED, rejected)
+    num_right = sum(known[content_hash][1] for content_hash in hashes) if "settings" in model.files() else None
+    return Transcription(files, decoding.decoder, len(rows), num_known, num_right, len(rejected))
+
+
+class _Readings:
+    """What one model has read, by the content hash of the line, in a database of all models.
+
+    Args:
+        path: of the database.
+        reader: hash of model and decoding.
+    """
+
+    def __init__(self, path: Path, reader: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._reader = path, reader
+
+    def __enter__(self) -> "_Readings":
+        try:
+            self._database = sqlite3.connect(self._path, timeout=60.0)
+            with self._database:
+                self._database.execute(
+                    "CREATE TABLE IF NOT EXISTS readings (reader TEXT, content_hash TEXT, text TEXT, confidence REAL, "
+                    "PRIMARY KEY (reader, content_hash)) WITHOUT ROWID"
+                )
+        except sqlite3.DatabaseError as exc:
+            raise UserError(
+                f"{self._path}: what was read before cannot be opened ({exc}). Remove it to read everything anew."
+            ) from exc
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._database.close()
+
+    def find(self, content_hashes: Iterable[str]) -> dict[str, tuple[str, float]]:
+        """Text and confidence of those of the lines that were read, by content hash."""
+        wanted = set(content_hashes)
+        query = "SELECT content_hash, text, confidence FROM readings WHERE reader = ?"
+        return {key: (text, sure) for key, text, sure in self._database.execute(query, [self._reader]) if key in wanted}
+
+    def add(self, readings: Iterable[tuple[str, str, float]]) -> None:
+        """Keeps content hash, text and confidence of some lines, all of them or, in a killed process, none."""
+        with self._database:
+            rows = ((self._reader, *reading) for reading in readings)
+            self._database.executemany("INSERT OR REPLACE INTO readings VALUES (?, ?, ?, ?)", rows)
+
+
+def _without_errors(
+    lines: Sequence[tuple[dict[str, Any], Any]], readings: Sequence[tuple[str | None, float | None, str | None]]
+) -> Iterator[tuple[str, str, float]]:
+    """Content hash, text and confidence of each line."""
+    for (row, _), (text, confidence, error) in zip(lines, readings, strict=True):
+        if text is None or confidence is None:
+            raise UserError(f"line {row['line_id']!r}: {error}")
+        yield row["content_hash"], text, confidence
+
+
+def _reading_hash(files: Iterable[Path], decoding: dict[str, Any]) -> str:
+    """Of all that a reading depends on beside the image."""
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return hashlib.sha256(json.dumps([version("htr-pipeline"), contents, decoding]).encode()).hexdigest()
+
+
+def _nothing_to_read(path: str, num_found: int, rejected: pa.Table) -> str:
+    if num_found:
+        return f"{path}: all of its {num_found} lines have a text. Without --only-empty they are read again."
+    reasons = Counter(rejected["reason"].to_pylist())
+    words = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    return f"{path}: none of its lines can be read ({words}), for instance: {rejected['detail'][0]}"
+
+
+def _warn_of_pages(rows: Sequence[Mapping[str, Any]]) -> None:
+    pages = [row for row in rows if row["polygon"] is None and row["height_pixels"] > row["width_pixels"]]
+    if len(pages) > len(rows) / 2:
+        logger.warning(
+            "%d of %d images are higher than wide, for instance %s: are they pages? Each image is read as one line. "
+            "Have the lines found first, for instance by eScriptorium, Transkribus or kraken, and give their PAGE or "
+            "ALTO files together with the images.",
+            len(pages), len(rows), pages[0]["image_path"],
+        )  # fmt: skip
+
+
+def _write_rejected(path: Path, rejected: pa.Table) -> None:
+    """A table of the lines that were left out; none where there are none."""
+    if not len(rejected):
+        path.unlink(missing_ok=True)
+        return
+    names = ("line_id", "file", "reason", "detail")
+    rows = [[row[name] or "" for name in names] for row in rejected.to_pylist()]
+    with replacing(path) as partial:
+        partial.write_bytes(to_tsv(names, rows))
