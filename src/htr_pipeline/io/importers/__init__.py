@@ -5,7 +5,8 @@ A reader is a function (path, config) -> rows, one dictionary for each line that
 `writer_id`, `page_id`, `group`, `image_name` (what an unpacked image was called before); a line of a page also has
 `polygon`, `baseline` and, in the same units, `page_size` (or None), or `problem`, why its place cannot be used. A row
 that cannot become a line has `reason` (a code) and `detail` (a sentence) instead. Another format is one more module
-beside this one and one entry in READERS.
+beside this one, an entry in READERS, its name among the choices of SourceConfig.format and, for `auto`, a rule in
+_recognise.
 """
 
 import hashlib
