@@ -464,5 +464,6 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
         f"  {ui}",
         f"  {serve}    # the model as a service",
         "  .venv/bin/kedro run --env finetune --params source.path=FOLDER    # your lines",
+        "  .venv/bin/kedro transcribe FOLDER --output out    # new lines, read by the champion",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
