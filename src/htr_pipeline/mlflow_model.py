@@ -7,7 +7,7 @@ import base64
 import binascii
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -142,9 +142,9 @@ class LineReader(mlflow.pyfunc.PythonModel):
         return decoding
 
     def read(
-        self, images: Sequence[Any], decoding: DecodingConfig
+        self, images: Iterable[Any], decoding: DecodingConfig
     ) -> list[tuple[str | None, float | None, str | None]]:
-        """Text, confidence and error of each image, which are held in memory together."""
+        """Text, confidence and error of each image; as normalised lines they are in memory together."""
         lines, errors = [], {}
         for index, image in enumerate(images):
             try:
@@ -155,7 +155,7 @@ class LineReader(mlflow.pyfunc.PythonModel):
         log_probs = self._network.log_probs(lines, decoding.looks)
         readings = iter(self._network.decode(log_probs, decoding, self._language_model, self._lexicon))
         rows: list[tuple[str | None, float | None, str | None]] = []
-        for index in range(len(images)):
+        for index in range(len(lines) + len(errors)):
             if index in errors:
                 rows.append((None, None, errors[index]))
             else:

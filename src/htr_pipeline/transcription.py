@@ -100,11 +100,11 @@ def transcribe(
     hashes = [row["content_hash"] for row in rows]
     with _Readings(store, _reading_hash(model.files().values(), asdict(decoding))) as readings:
         known = readings.find(hashes)
-        images = line_images([row for row in rows if row["content_hash"] not in known], roots)
+        new = iter([row for row in rows if row["content_hash"] not in known])
         num_known = sum(content_hash in known for content_hash in hashes)
         with tqdm(total=len(rows), initial=num_known, desc="Reading lines", unit="line") as bar:
-            while some := list(islice(images, _LINES_AT_A_TIME)):
-                read = reader.read([grey for _, grey in some], decoding)
+            while some := list(islice(new, _LINES_AT_A_TIME)):
+                read = reader.read((grey for _, grey in line_images(some, roots)), decoding)
                 readings.add(_without_errors(some, read))
                 bar.update(len(some))
         known = readings.find(hashes)
@@ -172,10 +172,10 @@ class _Readings:
 
 
 def _without_errors(
-    lines: Sequence[tuple[dict[str, Any], Any]], readings: Sequence[tuple[str | None, float | None, str | None]]
+    rows: Sequence[Mapping[str, Any]], readings: Sequence[tuple[str | None, float | None, str | None]]
 ) -> Iterator[tuple[str, str, float]]:
     """Content hash, text and confidence of each line."""
-    for (row, _), (text, confidence, error) in zip(lines, readings, strict=True):
+    for row, (text, confidence, error) in zip(rows, readings, strict=True):
         if text is None or confidence is None:
             raise UserError(f"line {row['line_id']!r}: {error}")
         yield row["content_hash"], text, confidence
