@@ -1,6 +1,7 @@
 """Exports of readings; PAGE and ALTO samples of this file hold what a naive writer would lose."""
 
 import json
+import os
 import re
 import time
 import unicodedata
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from htr_pipeline.core.config import UserError
+from htr_pipeline.io import exporters
 from htr_pipeline.io.exporters import export_lines
 from htr_pipeline.io.exporters.pages import NewText, edit_alto, edit_page
 from htr_pipeline.io.manifest import MANIFEST, PREDICTIONS, to_table
@@ -350,6 +352,17 @@ def test_file_that_is_gone_is_an_error_that_names_the_page(pages, tmp_path):
         export_lines("page", *tables(rows, {"source": source}), tmp_path / "out")
 
 
+def test_pipe_that_was_put_in_the_place_of_a_page_does_not_block(pages, tmp_path, monkeypatch):
+    rows, source = pages
+    (source / "page" / "p.xml").unlink()
+    os.mkfifo(source / "page" / "p.xml")
+    with pytest.raises(UserError, match=r"page 'p': .*has no PAGE file of it any more"):
+        export_lines("page", *tables(rows, {"source": source}), tmp_path / "out")
+    monkeypatch.setattr(exporters, "root_tag", lambda _: "PcGts")  # as of one that is put there a moment later
+    with pytest.raises(UserError, match=r"p\.xml: not a regular file"):
+        export_lines("page", *tables(rows, {"source": source}), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("name", "format"),
     [("bronod_alto_and_page", "page"), ("bronod_alto_and_page", "alto"), ("timeus_alto_and_page", "page")],
@@ -376,6 +389,15 @@ def test_time_is_linear_in_the_white_space_of_a_tag():
     assert f'<Unicode{blank}a="">new</Unicode>'.encode() in edit_page(page.encode(), readings)
     assert f'{blank}CONTENT="new"{blank}VPOS="1" WC="0.5000"/>'.encode() in edit_alto(alto.encode(), readings)
     assert time.process_time() - start < 10
+
+
+def test_time_is_linear_in_the_line_ends_of_a_text():
+    text = "x\n" * 300_000  # the parser gives each line end on its own
+    page = '<PcGts><TextRegion><TextEquiv><Unicode/></TextEquiv><TextLine id="a"/><TextLine id="b">'
+    page += f"<TextEquiv><Unicode>{text}</Unicode></TextEquiv></TextLine></TextRegion></PcGts>"
+    start = time.process_time()
+    assert f"<Unicode>new\n{text}</Unicode>".encode() in edit_page(page.encode(), {"a": NewText("new", 0.5)})
+    assert time.process_time() - start < 1
 
 
 def test_words_of_an_hocr_line_from_right_to_left_stand_there():

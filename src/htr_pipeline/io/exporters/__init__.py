@@ -17,7 +17,7 @@ from htr_pipeline.io.exporters.hocr import to_hocr
 from htr_pipeline.io.exporters.pages import NewText, edit_alto, edit_page
 from htr_pipeline.io.importers.alto import ALTO
 from htr_pipeline.io.importers.page import PAGE
-from htr_pipeline.io.importers.xml import MAX_XML_BYTES, PageFormat, page_id_of, root_tag, xml_files
+from htr_pipeline.io.importers.xml import PageFormat, page_id_of, read_bytes, root_tag, xml_files
 from htr_pipeline.io.manifest import id_prefixes, image_roots
 
 logger = logging.getLogger(__name__)
@@ -145,12 +145,7 @@ def _edit(
 ) -> bytes:
     """The XML file with the new texts in it."""
     try:
-        if not file.resolve().is_relative_to(root.resolve()):
-            raise UserError("it is a link out of the source's folder, which is not followed.")
-        with file.open("rb") as stream:
-            return edit(stream.read(MAX_XML_BYTES + 1), new_texts)
-    except OSError as exc:
-        raise UserError(f"{file}: it cannot be read ({exc.strerror}), but lines came from it.") from exc
+        return edit(read_bytes(root, file), new_texts)
     except UserError as exc:
         raise UserError(f"{file}: {exc}") from exc
 

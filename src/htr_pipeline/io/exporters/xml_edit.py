@@ -38,7 +38,7 @@ class Element:
         name: without a prefix.
         prefix: of the namespace, with its colon; empty where there is none.
         attributes: as in the file, references resolved.
-        text: characters directly in it.
+        pieces: of the characters directly in it, of which the parser gives one for each line end.
     """
 
     name: str
@@ -49,8 +49,13 @@ class Element:
     content_start: int = -1
     content_end: int = -1
     end: int = -1
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
     children: list["Element"] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """Characters directly in it."""
+        return "".join(self.pieces)
 
     def find(self, name: str) -> list["Element"]:
         """Children of this name."""
@@ -124,8 +129,7 @@ class XmlFile:
             tag = _TAG_END.sub(">", self._data[parent.start : parent.end].decode(self._encoding))
             self._replace(parent.start, parent.end, f"{tag}{new}</{parent.prefix}{parent.name}>")
             return
-        followers = [child for child in parent.children if child.name in before]
-        last = next((child for child in reversed(parent.children) if child not in followers), None)
+        last = next((child for child in reversed(parent.children) if child.name not in before), None)
         place = last.end if last else parent.content_start
         indent = self._data[self._blank_before(last.start) : last.start].decode(self._encoding) if last else ""
         self._replace(place, place, indent + new)
@@ -212,4 +216,4 @@ class _Reader:
     def _characters(self, text: str) -> None:
         self._close(self._parser.CurrentByteIndex)
         if self._current is not None:
-            self._current.text += text
+            self._current.pieces.append(text)

@@ -187,16 +187,24 @@ def read_xml(root: Path, file: Path) -> tuple[Element, str]:
     Raises:
         UserError: as parse_xml, or it is no file that may and can be read.
     """
+    return parse_xml(read_bytes(root, file))
+
+
+def read_bytes(root: Path, file: Path) -> bytes:
+    """Content of an XML file of the source in the folder `root`; of one that is too large, more than MAX_XML_BYTES.
+
+    Raises:
+        UserError: it is no file that may and can be read.
+    """
     try:
         if not file.resolve().is_relative_to(root.resolve()):
             raise UserError("it is a link out of the source's folder, which is not followed. Copy the file.")
         if not file.is_file():
             raise UserError("not a regular file. Remove it.")
         with file.open("rb") as stream:
-            data = stream.read(MAX_XML_BYTES + 1)
+            return stream.read(MAX_XML_BYTES + 1)
     except (OSError, RuntimeError) as exc:
         raise UserError(f"it cannot be read ({exc}). Check its permissions.") from exc
-    return parse_xml(data)
 
 
 def root_tag(file: Path) -> str | None:
