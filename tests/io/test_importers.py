@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import shutil
+import time
 import tracemalloc
 import unicodedata
 from collections import Counter
@@ -351,6 +352,14 @@ def test_bad_rows_of_json_lines_are_rejected_and_the_others_read(tmp_path):
     table.write_bytes(b'{"image": "1.png", "text": "\xe9"}')
     with pytest.raises(UserError, match=r"not UTF-8 .*Save the table again as UTF-8"):
         import_rows(table)
+
+
+def test_time_is_linear_in_the_keys_of_json_lines(tmp_path):
+    table = tmp_path / "lines.jsonl"
+    table.write_text("".join(f'{{"image": "1.png", "text": "a", "key {i}": 1}}\n' for i in range(30_000)))
+    start = time.process_time()
+    assert len(list(read_table(table, SourceConfig(path=str(table))))) == 30_000
+    assert time.process_time() - start < 5
 
 
 def test_half_a_character_in_json_lines_is_rejected_and_shown(tmp_path):

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.splits import SPLIT_NAMES, are_splits, parse_split
 from htr_pipeline.io.atomic import replacing
+from htr_pipeline.io.importers.lines import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from htr_pipeline.io.importers import SourceConfig
@@ -40,7 +41,6 @@ _USUAL_NAMES = {
 }
 # Where the image of a line lies when the table has ids but no image paths.
 _FOLDERS_BY_ID = ("lines/", "images/", "")
-_SUFFIXES_BY_ID = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 # A split's file, or one of several: train.tsv, train-00000-of-00002.parquet, train-00000-of-00002-3f0c….parquet
 _SPLIT_FILE = re.compile(r"([a-z]+)(-\d+-of-\d+(-\w+)?)?", re.IGNORECASE)
 _SUFFIX_BY_MAGIC = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"II*\x00": ".tif", b"MM\x00*": ".tif"}
@@ -99,7 +99,7 @@ def _folders_are_splits(file: Path, names: Mapping[str, str]) -> bool:
     """Whether a text table has no column of splits, and the first folders of all its images are named like splits."""
     if "split" in names or "image" not in names or file.suffix.lower() == ".parquet":
         return False
-    images = (values[names["image"]] for _, values in _read_text_table(file)[1] if not isinstance(values, str))
+    images = (values.get(names["image"]) for _, values in _read_text_table(file)[1] if not isinstance(values, str))
     folders = {str(image or "").replace("\\", "/").partition("/")[0] for image in images}
     return are_splits(folders)
 
@@ -155,7 +155,7 @@ def _table_files(path: Path) -> list[Path]:
 
 
 def _read_text_table(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, Any] | str]]]:
-    """Column names, and for each row its line number with its values, or with what is wrong with it."""
+    """Column names, and for each row its line number with the values it has, or with what is wrong with it."""
     if file.suffix.lower() == ".jsonl":
         return _read_json_lines(file)
     rows = _read_cells(file)
@@ -185,9 +185,7 @@ def _read_cells(file: Path) -> Iterator[tuple[int, list[str]]]:
 def _read_json_lines(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, Any] | str]]]:
     """The same of a file with a JSON object on each line, whose columns are those of any of its lines."""
     columns = dict.fromkeys(name for _, values in _json_rows(file) if isinstance(values, dict) for name in values)
-    return list(columns), (
-        (number, columns | values if isinstance(values, dict) else values) for number, values in _json_rows(file)
-    )
+    return list(columns), _json_rows(file)
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -321,7 +319,7 @@ def _unpack(cell: Any, folder: Path) -> _Unpacked:
 
 def _find_columns(file: Path, columns: list[str], config: "SourceConfig") -> dict[str, str]:
     """Name of the table's column for each of image, text, split, writer, page, group and id that it has."""
-    if doubled := sorted({name for name in columns if columns.count(name) > 1}):
+    if doubled := sorted(name for name, count in Counter(columns).items() if count > 1):
         raise UserError(f"{file}: columns with the same name: {', '.join(map(repr, doubled))}. Rename one of them.")
     lower = {name.lower(): name for name in reversed(columns)}
     has = f"{file} has the columns {', '.join(map(repr, columns)) or '(none)'}."
@@ -355,10 +353,10 @@ def _row(
     if isinstance(values, str):
         detail = f"{place}: {values}. Correct the row; a tab or comma in a text must not part it."
         return {"line_id": place, "file": place, "reason": "bad_row", "detail": detail}
-    unpacked = values[names["image"]] if "image" in names else None
+    unpacked = values.get(names["image"]) if "image" in names else None
     if isinstance(unpacked, _Unpacked):
         values = {**values, names["image"]: unpacked.path}
-    cells = {kind: _cell(values[name], place, name) for kind, name in names.items()}
+    cells = {kind: _cell(values.get(name), place, name) for kind, name in names.items()}
     split = cells.get("split")
     if split and not parse_split(split):
         allowed = "; ".join(f"{name} ({', '.join(others)})" for name, others in SPLIT_NAMES.items())
@@ -434,7 +432,7 @@ def _cell(value: Any, place: str, column: str) -> str | None:
 
 
 def _image_of(folder: Path, line_id: str) -> str | None:
-    candidates = (f"{place}{line_id}{suffix}" for place in _FOLDERS_BY_ID for suffix in _SUFFIXES_BY_ID)
+    candidates = (f"{place}{line_id}{suffix}" for place in _FOLDERS_BY_ID for suffix in IMAGE_SUFFIXES)
     return next((name for name in candidates if _is_file(folder / name)), None)
 
 
