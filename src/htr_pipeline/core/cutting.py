@@ -95,16 +95,6 @@ def cut_line(page: np.ndarray, polygon: Points | None, baseline: Points | None) 
     return _lay_paper(line, mask)
 
 
-def line_size(polygon: Points, baseline: Points | None) -> tuple[int, int]:
-    """(height, width) of the image that `cut_line` makes, without making it.
-
-    Raises:
-        UserError: as `cut_line`, but for what depends on the page.
-    """
-    grid = _plan(_checked(polygon, "polygon"), baseline)
-    return grid.height, len(grid.centre)
-
-
 def line_band(baseline: Points, spacing_pixels: float) -> list[list[int]]:
     """Polygon of a line that has only a baseline.
 
