@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from htr_pipeline.core.ctc.inputs import Lines, checked_rows, read_lines, report
+from htr_pipeline.core.ctc.inputs import Lines, checked_lines, checked_rows, report
 from htr_pipeline.core.ctc.kernel_xla import Trellis, make_trellis
 from htr_pipeline.core.ctc.loss import ctc_loss
 from htr_pipeline.core.ctc.problems import FINE, INFEASIBLE
@@ -71,7 +71,7 @@ def forced_align(
     blank_index = operator.index(blank_index)
     if infeasible not in ("inf", "raise"):
         raise ValueError(f"infeasible={infeasible!r}: expected 'inf' or 'raise'.")
-    lines = read_lines(labels, logits, label_length, logit_length, blank_index, logits_time_major)
+    lines = checked_lines(labels, logits, label_length, logit_length, blank_index, logits_time_major)
     alignment, status = _viterbi(lines, blank_index, logits_time_major, ctc_merge_repeated)
     worst_allowed = FINE if infeasible == "raise" else INFEASIBLE
     with tf.control_dependencies(report(status, worst_allowed, lines, logits_time_major, False, ctc_merge_repeated)):
@@ -111,7 +111,7 @@ def class_posteriors(
 
     Source: Graves et al., ICML 2006, equations 14 and 15.
     """
-    lines = read_lines(labels, logits, label_length, logit_length, blank_index, logits_time_major)
+    lines = checked_lines(labels, logits, label_length, logit_length, blank_index, logits_time_major)
     logits = tf.stop_gradient(_batch_major(lines.logits, logits_time_major))
     with tf.GradientTape() as tape:
         tape.watch(logits)

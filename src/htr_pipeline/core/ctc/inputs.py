@@ -38,7 +38,7 @@ class Lines(NamedTuple):
     logit_length: tf.Tensor
 
 
-def read_lines(
+def checked_lines(
     labels: Any, logits: Any, label_length: Any, logit_length: Any, blank_index: int, logits_time_major: bool
 ) -> Lines:
     """Checks types, ranks and batch sizes, as far as they are known, and fills in what was left out.
@@ -224,10 +224,3 @@ def report(
         look(*(tensor.numpy() for tensor in arguments))
         return []
     return [tf.numpy_function(look, arguments, [])]
-
-
-def label_with_blanks(labels: tf.Tensor, blank: int | tf.Tensor) -> tf.Tensor:
-    """The label l' of Graves 2006, (B, 2 N + 1): a blank before, between and behind the labels."""
-    batch, width = tf.shape(labels)[0], tf.shape(labels)[1]
-    pairs = tf.stack([tf.fill([batch, width], blank), labels], axis=2)
-    return tf.pad(tf.reshape(pairs, [batch, 2 * width]), [[0, 0], [0, 1]], constant_values=blank)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from htr_pipeline.core.ctc.compilation import WITHOUT_COUNTS, compiled
+from htr_pipeline.core.ctc.kernel_cpu import LN_2_HIGH, LN_2_LOW, LOG2_E
 from htr_pipeline.core.ctc.language_model import END, UNKNOWN, advance, child_of
 
 OTHER, LETTER, SPACE = 0, 1, 2
@@ -128,9 +129,6 @@ class _Rows(NamedTuple):
 
 # 2 ** -n; e^-40, the smallest power wanted, is above the last.
 _POWERS = 0.5 ** np.arange(60)
-_LOG2_E = 1 / math.log(2)
-# ln 2 in two parts, the first with so few bits that its product with a power of two is exact (Cody and Waite, 1980).
-_LN_2_HIGH, _LN_2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
 _E2, _E3, _E4, _E5, _E6, _E7, _E8, _E9, _E10, _E11, _E12, _E13 = (1 / math.factorial(n) for n in range(2, 14))
 _L3, _L5, _L7, _L9, _L11, _L13, _L15, _L17, _L19, _L21, _L23, _L25, _L27, _L29, _L31 = (1 / n for n in range(3, 32, 2))
 
@@ -143,8 +141,8 @@ def _log_add(scores, a, b, total, size):
         high = first if first > second else second
         low = second if first > second else first
         difference = low - high if low > high - 40.0 else -40.0  # e^-40 is below the resolution of float64
-        halvings = np.int32(0.5 - difference * _LOG2_E)
-        x = (difference + halvings * _LN_2_HIGH) + halvings * _LN_2_LOW
+        halvings = np.int32(0.5 - difference * LOG2_E)
+        x = (difference + halvings * LN_2_HIGH) + halvings * LN_2_LOW
         y = 1.0 + x * (1.0 + x * (_E2 + x * (_E3 + x * (_E4 + x * (_E5 + x * (_E6 + x * (_E7 + x * (
             _E8 + x * (_E9 + x * (_E10 + x * (_E11 + x * (_E12 + x * _E13))))))))))))  # fmt: skip
         y *= _POWERS[halvings]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from htr_pipeline.core.ctc.inputs import Lines, Rows, checked_rows, label_with_blanks
+from htr_pipeline.core.ctc.inputs import Lines, Rows, checked_rows
 from htr_pipeline.core.ctc.kernel_cpu import BIAS, FORBIDDEN_BELOW, FRACTION_BITS, LN_2_HIGH, LN_2_LOW, LOG2_E, NEVER
 from htr_pipeline.core.ctc.problems import FINE, INFEASIBLE
 
@@ -135,7 +135,7 @@ def make_trellis(rows: Rows, logits: tf.Tensor, blank_index: int, time_major: bo
     # In float64, so that small losses keep their relative precision: the largest exponential is 1.
     log_sums = tf.math.log(tf.reduce_sum(tf.cast(exponentials, tf.float64), axis=2))
 
-    states = label_with_blanks(rows.labels, blank)
+    states = _label_with_blanks(rows.labels, blank)
     position = tf.range(tf.shape(states)[1])
     is_label = tf.equal(position % 2, 1)
     return Trellis(
@@ -149,6 +149,13 @@ def make_trellis(rows: Rows, logits: tf.Tensor, blank_index: int, time_major: bo
         stays=tf.ones_like(is_label) if merge else ~is_label,
         skipped_into=is_label & (position > 1) & (tf.not_equal(states, tf.roll(states, 2, axis=1)) | (not merge)),
     )
+
+
+def _label_with_blanks(labels: tf.Tensor, blank: int | tf.Tensor) -> tf.Tensor:
+    """The label l' of Graves 2006, (B, 2 N + 1): a blank before, between and behind the labels."""
+    batch, width = tf.shape(labels)[0], tf.shape(labels)[1]
+    pairs = tf.stack([tf.fill([batch, width], blank), labels], axis=2)
+    return tf.pad(tf.reshape(pairs, [batch, 2 * width]), [[0, 0], [0, 1]], constant_values=blank)
 
 
 def _batch_major(values: tf.Tensor, time_major: bool, in_line: tf.Tensor) -> tf.Tensor:

@@ -14,9 +14,9 @@ import tensorflow as tf
 from htr_pipeline.core.ctc import kernel_cpu, kernel_xla
 from htr_pipeline.core.ctc.inputs import (
     Lines,
+    checked_lines,
     dense_labels,
     is_compiled_by_xla,
-    read_lines,
     report,
 )
 from htr_pipeline.core.ctc.problems import FINE, INFEASIBLE, raise_problems, warn_if_softmaxed
@@ -73,7 +73,7 @@ def ctc_loss(
     blank_index = operator.index(blank_index)
     if infeasible not in ("inf", "zero", "raise"):
         raise ValueError(f"infeasible={infeasible!r}: expected 'inf', 'zero' or 'raise'.")
-    lines = read_lines(labels, logits, label_length, logit_length, blank_index, logits_time_major)
+    lines = checked_lines(labels, logits, label_length, logit_length, blank_index, logits_time_major)
     options = _Options(blank_index, logits_time_major, preprocess_collapse_repeated, ctc_merge_repeated)
     time_axis = 0 if logits_time_major else 1
 
