@@ -1,6 +1,7 @@
 """The served class on the artifacts of a model, without a registry: tests/test_run.py has that."""
 
 import io
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,6 +38,10 @@ def reader(folder, network, decoding, *, language_model=None, words="", calibrat
     (folder / "lexicon.txt").write_text(words, encoding="utf-8")
     (language_model or CharacterNGram.train(["abc", "bad cab"], 2)).save(folder / "language_model.npz")
     write_settings(folder / "settings.json", ImageConfig(height_pixels=32), decoding, calibration or {})
+    return load(folder, network)
+
+
+def load(folder, network):
     files = [network, *folder.iterdir()]
     loaded = LineReader()
     loaded.load_context(SimpleNamespace(artifacts={path.stem: str(path) for path in files}))
@@ -53,6 +58,16 @@ def images():
         return stream.getvalue()
 
     return [image(text) for text in ("a cab", "dead bee", "ace")]
+
+
+def test_settings_hold_nothing_of_the_machine_and_those_of_older_models_are_read(tmp_path, network, images):
+    loaded = reader(tmp_path, network, DecodingConfig())
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert not settings["features"].keys() & {"dask_address", "num_workers", "shard_lines"}
+    settings["features"] |= {"dask_address": "tcp://scheduler:8786", "num_workers": 3, "shard_lines": 512}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    older = load(tmp_path, network)
+    assert read(older, images)["text"].tolist() == read(loaded, images)["text"].tolist()
 
 
 def read(loaded, images, **params):

@@ -23,7 +23,7 @@ from htr_pipeline.core.batching import Line
 from htr_pipeline.core.calibration import Calibration
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.language_model import load_language_model
-from htr_pipeline.core.image import ImageConfig, normalise_line, read_image
+from htr_pipeline.core.image import ImageConfig, normalise_line, pixel_settings, read_image
 from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.core.text import Charset
 
@@ -57,8 +57,8 @@ def signature(decoding: DecodingConfig) -> ModelSignature:
 
 
 def write_settings(path: Path, features: ImageConfig, decoding: DecodingConfig, calibration: Mapping[str, Any]) -> None:
-    """What reading a line depends on beside the models: two blocks of the configuration, and the calibration."""
-    settings = {"features": asdict(features), "decoding": asdict(decoding), "calibration": calibration}
+    """What reading a line depends on beside the models: settings of lines and decoder, and the calibration."""
+    settings = {"features": pixel_settings(features), "decoding": asdict(decoding), "calibration": calibration}
     path.write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
