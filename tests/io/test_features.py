@@ -93,7 +93,7 @@ def test_shards_hold_the_normalised_pixels_column_after_column(tmp_path, manifes
             assert line.pixels.dtype == np.uint8
             assert line.pixels.shape[1] == CONFIG.height_pixels
             np.testing.assert_array_equal(line.pixels, expected.pixels)
-            row = features.read_lines([line.line_id])[line.line_id]
+            row = features.rows_of([line.line_id])[line.line_id]
             columns = np.frombuffer(row["pixels"], np.uint8).reshape(row["width_pixels"], row["height_pixels"])
             np.testing.assert_array_equal(columns, expected.pixels)
             assert row["ink_share"] == pytest.approx(expected.ink_share)
@@ -148,7 +148,7 @@ def test_unchanged_shards_are_taken_over_and_only_changed_ones_made_anew(tmp_pat
         "_SHA256SUMS",
         "split=validation/shard-00000.parquet",
     }
-    assert features.read_lines(["validation-01"])["validation-01"]["text"] == "new text"
+    assert features.rows_of(["validation-01"])["validation-01"]["text"] == "new text"
 
 
 def test_shards_that_no_line_belongs_to_any_more_are_removed(tmp_path, manifest):
@@ -216,7 +216,7 @@ def test_line_that_moved_to_another_split_or_got_another_text_is_taken_over(tmp_
     ]
     features = save(tmp_path / "features", to_table(rows, MANIFEST, manifest.schema.metadata))
     assert computed_and_taken_over(caplog) == (0, 18)
-    assert features.read_lines(["train-00"])["train-00"]["split"] == "test"
+    assert features.rows_of(["train-00"])["train-00"]["split"] == "test"
 
 
 def test_changed_image_is_computed_and_a_changed_setting_computes_all(tmp_path, manifest, caplog):
@@ -491,7 +491,7 @@ def test_image_that_cannot_be_read_any_more_is_named_by_its_line_and_the_old_sha
 
 def test_lines_by_id_come_from_every_split_and_unknown_ones_are_left_out(tmp_path, manifest):
     features = save(tmp_path / "features", manifest)
-    rows = features.read_lines(["test-04", "train-09", "nobody"])
+    rows = features.rows_of(["test-04", "train-09", "nobody"])
     assert rows.keys() == {"test-04", "train-09"}
     assert (rows["train-09"]["text"], rows["train-09"]["split"]) == ("text 9", "train")
 

@@ -704,7 +704,7 @@ def test_features_of_several_sources_are_made_of_their_own_images(tmp_path):
     Image.new("L", (300, 40), 255).save(tmp_path / "b" / "writer0" / "line0.png")
     manifest, _, _ = import_sources(SourceConfig(), SourcesConfig(**entries), DemoConfig())
     ShardPlan(manifest, ImageConfig(num_workers=1)).write(tmp_path / "features", tmp_path / "none")
-    rows = FeatureShards(tmp_path / "features").read_lines(["a/writer0/line0", "b/writer0/line0"])
+    rows = FeatureShards(tmp_path / "features").rows_of(["a/writer0/line0", "b/writer0/line0"])
     assert rows["a/writer0/line0"]["ink_share"] > 0
     assert rows["b/writer0/line0"]["ink_share"] == 0
 

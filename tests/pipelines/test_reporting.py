@@ -42,7 +42,7 @@ class FewLines:
     def __init__(self, rows):
         self._rows = {row["line_id"]: row for row in to_table(rows, FEATURES).to_pylist()}
 
-    def read_lines(self, line_ids):
+    def rows_of(self, line_ids):
         return {line_id: self._rows[line_id] for line_id in line_ids if line_id in self._rows}
 
 
@@ -443,7 +443,7 @@ def test_every_shown_line_has_its_image_dark_on_white(page, inputs):
     assert len(images) == 40
     for image in images:
         line_id = image["alt"].split()[1]
-        row = inputs["features"].read_lines([line_id])[line_id]
+        row = inputs["features"].rows_of([line_id])[line_id]
         png = Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1])))
         expected = 255 - np.frombuffer(row["pixels"], np.uint8).reshape(row["width_pixels"], -1).T.astype(int)
         assert np.abs(np.asarray(png.convert("L")).astype(int) - expected).max() <= 9  # 16 greys

@@ -246,8 +246,8 @@ class FeatureShards:
         wanted = {place * available // most for place in range(most)} if available > most else range(available)
         return [line for place, line in enumerate(self.lines(split)) if place in wanted]
 
-    def read_lines(self, line_ids: list[str]) -> dict[str, dict[str, Any]]:
-        """Whole rows of some lines, by line_id."""
+    def rows_of(self, line_ids: list[str]) -> dict[str, dict[str, Any]]:
+        """Whole rows of some lines, by line_id; lines that are not there are left out."""
         wanted = pa.array(line_ids, pa.string())
         found: dict[str, dict[str, Any]] = {}
         for split in SPLITS:

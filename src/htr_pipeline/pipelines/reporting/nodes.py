@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -24,6 +24,7 @@ from PIL import Image
 
 from htr_pipeline.core.config import config, setting
 from htr_pipeline.core.metrics import align, confusions
+from htr_pipeline.io.features import FeatureShards
 from htr_pipeline.io.manifest import SPLITS
 
 _FOLDER = "data/08_reporting"  # where the catalog puts the report
@@ -52,13 +53,6 @@ class ReportConfig:
     seed: int = setting(default=1, minimum=0)
 
 
-class LineReader(Protocol):
-    """What the report needs of the features."""
-
-    def read_lines(self, line_ids: list[str]) -> Mapping[str, Mapping[str, Any]]:
-        """Rows of io.manifest.FEATURES by line_id; lines that are not there are left out."""
-
-
 def render_report(
     metrics: dict[str, Any],
     history: pa.Table,
@@ -68,7 +62,7 @@ def render_report(
     feature_stats: dict[str, Any],
     registration: dict[str, Any],
     validation_summary: dict[str, Any],
-    features: LineReader,
+    features: FeatureShards,
     parameters: dict[str, Any],
     report: ReportConfig,
 ) -> str:
@@ -81,7 +75,7 @@ def render_report(
     ).sort_by("line_id")
     lines = test.drop_columns(["characters"]).to_pylist()
     samples, worst = _sample(lines, report.num_samples, report.seed), _worst(lines, report.num_worst)
-    rows = features.read_lines(sorted({line["line_id"] for line in samples + worst}))
+    rows = features.rows_of(sorted({line["line_id"] for line in samples + worst}))
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {
         "percent": _percent, "number": _number, "show": _show_character, "show_text": _show_text
