@@ -83,8 +83,10 @@ cli.add_command(run)
     "--format", required=True, type=click.Choice(("page", "alto", "text", "tsv", "hocr")), help="What to write."
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to write to.")
-@click.option("--decoder", help="Whose readings: greedy, beam or beam_lm; default: that of the headline.")
-@click.option("--split", type=click.Choice(("train", "validation", "test")), help="Only its lines; default: all read.")
+@click.option(
+    "--decoder", help="Which decoder's readings: greedy, beam or beam_lm (default: decoding.decoder of the run)."
+)
+@click.option("--split", type=click.Choice(("validation", "test")), help="Only its lines; default: all read.")
 @click.option("--env", "-e", help="Kedro environment, as for run.")
 def export(format: str, output: Path, decoder: str | None, split: str | None, env: str | None) -> None:
     """Write what was read: into copies of the PAGE or ALTO files, or as text, TSV or hOCR."""

@@ -13,7 +13,6 @@ from PIL import Image
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io import exporters
-from htr_pipeline.io.exporters import export_lines
 from htr_pipeline.io.exporters.pages import NewText, edit_alto, edit_page
 from htr_pipeline.io.manifest import MANIFEST, PREDICTIONS, to_table
 from tests.io.samples import REAL_DATA, import_rows
@@ -212,10 +211,14 @@ def line_images(tmp_path):
     return rows, tmp_path / "source"
 
 
+def export(format, manifest, predictions, folder, decoder="greedy", **options):
+    return exporters.export_lines(format, manifest, predictions, folder, decoder=decoder, **options)
+
+
 def test_page_export_reads_back_as_the_readings(pages, tmp_path):
     rows, source = pages
     before = (source / "page" / "p.xml").read_bytes()
-    files = export_lines("page", *tables(rows, {"source": source}), tmp_path / "out")
+    files = export("page", *tables(rows, {"source": source}), tmp_path / "out")
     assert files == [tmp_path / "out" / "page" / "p.xml"]
     assert (source / "page" / "p.xml").read_bytes() == before
     Image.new("L", (200, 100), 255).save(tmp_path / "out" / "p.png")
@@ -225,17 +228,17 @@ def test_page_export_reads_back_as_the_readings(pages, tmp_path):
 
 def test_text_has_one_file_a_page_with_its_lines_in_the_order_of_the_manifest(line_images, tmp_path):
     rows, root = line_images
-    files = export_lines("text", *tables(rows, {"source": root}), tmp_path / "out")
+    files = export("text", *tables(rows, {"source": root}), tmp_path / "out")
     assert files == [tmp_path / "out" / "a.txt", tmp_path / "out" / "b.txt"]
     assert files[0].read_text() == "LINE 2 & MORE\nLINE 1 & MORE\n"
-    files = export_lines("text", *tables(rows, {"source": root}), tmp_path / "out", decoder="beam")
+    files = export("text", *tables(rows, {"source": root}), tmp_path / "out", decoder="beam")
     assert files[0].read_text() == "line 2 & more\nline 1 & more\n"
 
 
 def test_tsv_has_a_line_each_and_no_cell_breaks_it(line_images, tmp_path):
     rows, root = line_images
     rows[1]["line_id"] = "a\tb\nc"
-    (file,) = export_lines("tsv", *tables(rows, {"source": root}), tmp_path / "out")
+    (file,) = export("tsv", *tables(rows, {"source": root}), tmp_path / "out")
     cells = [line.split("\t") for line in file.read_text().splitlines()]
     assert cells[:2] == [["line_id", "text", "confidence"], ["a b c", "LINE 2 & MORE", "0.5000"]]
     assert len(cells) == 1 + 4
@@ -243,7 +246,7 @@ def test_tsv_has_a_line_each_and_no_cell_breaks_it(line_images, tmp_path):
 
 def test_hocr_of_a_page_has_boxes_on_the_page_and_is_well_formed(pages, tmp_path):
     rows, source = pages
-    (file,) = export_lines("hocr", *tables(rows, {"source": source}), tmp_path / "out")
+    (file,) = export("hocr", *tables(rows, {"source": source}), tmp_path / "out")
     root = local(ElementTree.parse(file).getroot())
     (page,) = root.findall(".//*[@class='ocr_page']")
     assert page.get("title") == 'image "p.png"; bbox 0 0 200 100; ppageno 0'
@@ -263,7 +266,7 @@ def test_hocr_of_a_page_has_boxes_on_the_page_and_is_well_formed(pages, tmp_path
 
 def test_hocr_of_line_images_has_a_page_for_each(line_images, tmp_path):
     rows, root = line_images
-    files = export_lines("hocr", *tables(rows, {"source": root}), tmp_path / "out")
+    files = export("hocr", *tables(rows, {"source": root}), tmp_path / "out")
     page = local(ElementTree.parse(files[0]).getroot()).findall(".//*[@class='ocr_page']")
     assert [element.get("title") for element in page] == [
         'image "a/2.png"; bbox 0 0 100 20; ppageno 0',
@@ -278,8 +281,8 @@ def test_names_of_several_sources_are_folders_of_the_export(pages, tmp_path):
         for row in rows
     ]
     manifest, predictions = tables(named, {"mine": source}, {"mine": "mine/"})
-    assert export_lines("page", manifest, predictions, tmp_path / "out") == [tmp_path / "out/mine/page/p.xml"]
-    assert export_lines("text", manifest, predictions, tmp_path / "out") == [tmp_path / "out/mine/p.txt"]
+    assert export("page", manifest, predictions, tmp_path / "out") == [tmp_path / "out/mine/page/p.xml"]
+    assert export("text", manifest, predictions, tmp_path / "out") == [tmp_path / "out/mine/p.txt"]
 
 
 @pytest.mark.parametrize("format", ["page", "text", "tsv", "hocr"])
@@ -288,7 +291,7 @@ def test_no_export_writes_into_a_source(pages, tmp_path, format):
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     for folder in (source, source / "out"):
         with pytest.raises(UserError, match="which is a source"):
-            export_lines(format, *tables(rows, {"source": source}), folder)
+            export(format, *tables(rows, {"source": source}), folder)
     assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
 
 
@@ -296,7 +299,7 @@ def test_no_export_writes_into_a_source(pages, tmp_path, format):
 def test_page_ids_of_strangers_stay_within_the_folder(line_images, tmp_path, page_id):
     rows, root = line_images
     rows = [row | {"page_id": page_id} for row in rows]
-    (file,) = export_lines("text", *tables(rows, {"source": root}), tmp_path / "x" / "out")
+    (file,) = export("text", *tables(rows, {"source": root}), tmp_path / "x" / "out")
     assert file.resolve().is_relative_to((tmp_path / "x" / "out").resolve())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
@@ -305,7 +308,7 @@ def test_pages_that_would_share_a_file_are_an_error(line_images, tmp_path):
     rows, root = line_images
     rows = [row | {"page_id": {"a": "x:y", "b": "x*y"}[row["page_id"]]} for row in rows]
     with pytest.raises(UserError, match=r"'x:y' and 'x\*y' would both be .*Rename"):
-        export_lines("text", *tables(rows, {"source": root}), tmp_path / "out")
+        export("text", *tables(rows, {"source": root}), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -321,7 +324,7 @@ def test_export_of_nothing_is_an_error(line_images, tmp_path, arguments, message
     rows, root = line_images
     manifest, predictions = tables(rows, {"source": root})
     with pytest.raises(UserError, match=message):
-        export_lines(arguments.pop("format", "text"), manifest, predictions, tmp_path / "out", **arguments)
+        export(arguments.pop("format", "text"), manifest, predictions, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -329,7 +332,7 @@ def test_predictions_of_another_manifest_are_an_error(line_images, tmp_path):
     rows, root = line_images
     manifest, predictions = tables(rows, {"source": root})
     with pytest.raises(UserError, match=r"2 lines that were read are not in the manifest, for instance 'b/2'"):
-        export_lines("text", manifest.slice(0, 3), predictions, tmp_path / "out")
+        export("text", manifest.slice(0, 3), predictions, tmp_path / "out")
 
 
 def test_pages_with_decomposed_names_are_found_again(tmp_path):
@@ -342,14 +345,14 @@ def test_pages_with_decomposed_names_are_found_again(tmp_path):
     assert {record["page_id"] for record in records} == {"Lettre_éa"}
     assert all(record["line_id"].startswith("Lettre_éa/") for record in records)
     rows = [record | {"split": "test"} for record in records]
-    assert len(export_lines("page", *tables(rows, {"source": source}), tmp_path / "out")) == 1
+    assert len(export("page", *tables(rows, {"source": source}), tmp_path / "out")) == 1
 
 
 def test_file_that_is_gone_is_an_error_that_names_the_page(pages, tmp_path):
     rows, source = pages
     (source / "page" / "p.xml").unlink()
     with pytest.raises(UserError, match=r"page 'p': .*has no PAGE file of it any more"):
-        export_lines("page", *tables(rows, {"source": source}), tmp_path / "out")
+        export("page", *tables(rows, {"source": source}), tmp_path / "out")
 
 
 def test_pipe_that_was_put_in_the_place_of_a_page_does_not_block(pages, tmp_path, monkeypatch):
@@ -357,10 +360,10 @@ def test_pipe_that_was_put_in_the_place_of_a_page_does_not_block(pages, tmp_path
     (source / "page" / "p.xml").unlink()
     os.mkfifo(source / "page" / "p.xml")
     with pytest.raises(UserError, match=r"page 'p': .*has no PAGE file of it any more"):
-        export_lines("page", *tables(rows, {"source": source}), tmp_path / "out")
+        export("page", *tables(rows, {"source": source}), tmp_path / "out")
     monkeypatch.setattr(exporters, "root_tag", lambda _: "PcGts")  # as of one that is put there a moment later
     with pytest.raises(UserError, match=r"p\.xml: not a regular file"):
-        export_lines("page", *tables(rows, {"source": source}), tmp_path / "out")
+        export("page", *tables(rows, {"source": source}), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -373,7 +376,7 @@ def test_real_pages_change_in_the_texts_only(tmp_path, name, format):
     records, _ = import_rows(PAGES / name, format)
     rows = [record | {"split": "test"} for record in records]
     changed = {"page": r' conf="0.5000"|<Unicode>[^<]*', "alto": r' WC="0.5000"|CONTENT="[^"]*"'}[format]
-    for file in export_lines(format, *tables(rows, {name: PAGES / name}), tmp_path):
+    for file in export(format, *tables(rows, {name: PAGES / name}), tmp_path):
         old = (PAGES / name / file.relative_to(tmp_path)).read_bytes()
         assert file.read_bytes() != old
         assert without(file.read_bytes(), changed) == without(old, changed)

@@ -32,7 +32,7 @@ def export_lines(
     predictions: pa.Table,
     folder: Path,
     *,
-    decoder: str = "greedy",
+    decoder: str,
     split: str | None = None,
 ) -> list[Path]:
     """Writes what was read on the lines; returns the files, in the order of the manifest.
@@ -47,7 +47,7 @@ def export_lines(
         predictions: table of PREDICTIONS, of which line_id, split, decoder, hypothesis and confidence are looked at.
         folder: where to; it may not lie in the folder of a source.
         decoder: whose readings, of several.
-        split: train, validation or test; None for every line that was read.
+        split: validation or test; None for every line that was read.
 
     Raises:
         UserError: nothing to export, a file that the lines came from is gone or has changed, or the folder is a source.
