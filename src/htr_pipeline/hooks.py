@@ -127,9 +127,9 @@ class LockHook:
 
     def _holder(self) -> str:
         try:
-            return self._path.read_text() or "unknown"
+            return self._path.read_text() or _UNKNOWN
         except OSError:
-            return "unknown"
+            return _UNKNOWN
 
     @hook_impl(trylast=True)
     def after_pipeline_run(self) -> None:
@@ -276,7 +276,7 @@ class MlflowHook:
             mlflow.log_text(data, "report.html")
 
     @hook_impl
-    def after_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
+    def after_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
         """Ends the run and says where everything is."""
         import mlflow
 

@@ -177,7 +177,7 @@ class CollapseMonitor:
 
     def _judge(self) -> Verdict:
         sums = self.sums
-        characters = max(self.expected_total(), 1)
+        characters = max(sum(self.expected.values()), 1)
         loss = sums["loss"] / characters
         cer = sums["edits"] / characters
         ratio = sum(self.written.values()) / characters
@@ -232,10 +232,6 @@ class CollapseMonitor:
         return verdict(
             "not_learning", "The network writes, but not what stands in the lines, and the loss stands still"
         )
-
-    def expected_total(self) -> int:
-        """Reference characters of the window."""
-        return sum(self.expected.values())
 
     def _stands_still(self) -> bool:
         if len(self.losses) < _WINDOWS:

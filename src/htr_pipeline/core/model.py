@@ -254,7 +254,7 @@ def build_model(config: ModelConfig, num_classes: int, height_pixels: int, seed:
         x = keras.layers.ReLU(name=f"relu_{index}")(x)
         x = MaskPadding(columns_per_frame, name=f"mask_{index}")([x, length])
     columns = keras.layers.Reshape((-1, channels), name="columns")(
-        keras.layers.MaxPooling2D((1, -(-height_pixels // 8)), name="column_max")(x)
+        keras.layers.MaxPooling2D((1, x.shape[2]), name="column_max")(x)
     )
     columns = keras.layers.Dropout(config.column_dropout, seed=seed + 1, name="column_dropout")(columns)
     x = columns

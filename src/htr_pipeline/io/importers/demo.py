@@ -10,6 +10,7 @@ write in fonts that occur nowhere else. No text occurs twice, and no sentence in
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import importlib.resources
 import json
@@ -276,10 +277,9 @@ def _render_writer(folder: Path, writer: _Writer) -> int:
 
 def _remove_leftovers(folder: Path) -> None:
     """Removes what renderings that were killed have left beside the folder."""
-    for path in folder.parent.glob(f".*-*-{folder.name}"):
-        kind, _, rest = path.name.partition("-")
-        pid = rest.partition("-")[0]
-        if kind == ".partial" and pid.isdecimal() and not _is_running(int(pid)):
+    for path in folder.parent.glob(f".partial-*-{glob.escape(folder.name)}"):
+        pid = path.name.split("-")[1]
+        if pid.isdecimal() and not _is_running(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ import importlib.resources
 import io
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from itertools import groupby
 from operator import itemgetter
@@ -83,7 +84,7 @@ def _count_writers(kept: pd.DataFrame) -> dict[str, Any]:
 def _count_characters(kept: pd.DataFrame) -> dict[str, Any]:
     texts, splits = (pa.chunked_array(pa.array(kept[name], pa.string())) for name in ("text", "split"))
     by_split = {split: count_characters(texts.filter(pc.equal(splits, split))) for split in SPLITS}
-    total = sum(by_split.values(), start=type(by_split["train"])())
+    total = sum(by_split.values(), Counter())
     rows = [
         {
             "character": character,
