@@ -317,6 +317,16 @@ def test_near_duplicates_are_found_and_name_the_earlier_line():
     assert (find_near_duplicates(hashes, 6) == -1).all()
 
 
+@pytest.mark.parametrize("most", [0, 1, 7, 8, 12, 16])
+def test_near_duplicates_are_found_wherever_their_bits_differ(most):
+    random = np.random.default_rng(0)
+    hashes = random.integers(0, 2**64, (1000, 2), dtype=np.uint64)
+    evenly = sum(1 << (127 - 128 * bit // most) for bit in range(most))  # one in each of as many blocks, its first
+    flip = np.array([evenly >> 64, evenly % 2**64], np.uint64)
+    hashes = np.concatenate([hashes, hashes ^ flip])
+    np.testing.assert_array_equal(find_near_duplicates(hashes, most)[1000:], np.arange(1000))
+
+
 def test_hashes_without_contrast_resemble_nothing():
     assert (find_near_duplicates(np.zeros((3, 2), np.uint64), 8) == -1).all()
     assert find_near_duplicates(np.zeros((0, 2), np.uint64), 8).shape == (0,)

@@ -179,13 +179,14 @@ def perceptual_hash(grey: np.ndarray) -> int:
 def find_near_duplicates(hashes: np.ndarray, max_distance: int) -> np.ndarray:
     """For each perceptual hash, the position of the first earlier one found that differs in few bits.
 
-    Hashes are sorted eight times, rotated by 16 bits more each time, and compared with their next neighbours: two that
-    differ in at most seven bits agree in 16 bits that come first once. Time grows as the sorting does, not as the
-    number of pairs. A pair can be missed only among many hashes that agree in those 16 bits.
+    The bits are cut into one block more than may differ, so that two such hashes agree in a block. Hashes are sorted
+    once for each block, rotated so that it comes first, and compared with their next neighbours. Time grows as the
+    sorting does, not as the number of pairs. A pair can be missed only among many hashes that agree in its block, of
+    14 bits where 8 may differ and of 4 where 32 may.
 
     Args:
         hashes: (n, 2) uint64, upper and lower half.
-        max_distance: bits that may differ, at most 128.
+        max_distance: bits that may differ, at most 127.
 
     Returns:
         (n,) int64, -1 where there is none. Hashes of 0 (no contrast) resemble nothing.
@@ -195,12 +196,12 @@ def find_near_duplicates(hashes: np.ndarray, max_distance: int) -> np.ndarray:
     num_neighbours = 16
     nearest = np.full(len(hashes), -1, np.int64)
     positions = np.flatnonzero(hashes.any(axis=1))
-    upper, lower = hashes[positions, 0], hashes[positions, 1]
-    for rotation in range(0, 128, 16):
-        if rotation == 64:
-            upper, lower = lower, upper
-        bits = np.uint64(rotation % 64)
-        key = (upper << bits) | (lower >> (np.uint64(64) - bits)) if bits else upper
+    halves = hashes[positions, 0], hashes[positions, 1]
+    num_blocks = max_distance + 1
+    for block in range(num_blocks):
+        half, bits = divmod(128 * block // num_blocks, 64)
+        upper, lower = halves[half], halves[1 - half]
+        key = (upper << np.uint64(bits)) | (lower >> np.uint64(64 - bits)) if bits else upper
         order = np.argsort(key, kind="stable")
         places, high_bits, low_bits = positions[order], upper[order], lower[order]
         for step in range(1, min(num_neighbours, len(order) - 1) + 1):
