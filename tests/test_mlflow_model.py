@@ -61,7 +61,7 @@ def images():
 
 
 def test_settings_hold_nothing_of_the_machine_and_those_of_older_models_are_read(tmp_path, network, images):
-    loaded = reader(tmp_path, network, DecodingConfig())
+    loaded = reader(tmp_path, network, DecodingConfig(decoder="greedy"))
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert not settings["features"].keys() & {"dask_address", "num_workers", "shard_lines"}
     settings["features"] |= {"dask_address": "tcp://scheduler:8786", "num_workers": 3, "shard_lines": 512}
