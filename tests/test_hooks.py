@@ -1,27 +1,103 @@
+from pathlib import Path
 from types import SimpleNamespace
 
+import mlflow
 import pyarrow as pa
 import pytest
+from kedro.framework.hooks import hook_impl
+from kedro.framework.hooks.manager import _create_hook_manager
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Node, Pipeline
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.hooks import CheckpointHook, LockHook, _command, _flat
+from htr_pipeline.hooks import CheckpointHook, LockHook, MlflowHook, SettingsHook, _command, _flat
 from htr_pipeline.io.checkpoints import FileCheckpoints
 from htr_pipeline.pipelines.training.nodes import CheckpointConfig
 
 
-@pytest.mark.parametrize("end", ["after_pipeline_run", "on_pipeline_error"])
+class Run:
+    """A session of Kedro's, as its hooks see it; the functions are called as hooks of the same names."""
+
+    def __init__(self, project, *hooks, **functions):
+        self._hooks = _create_hook_manager()
+        settings = {"mlflow": {"tracking_uri": "sqlite:///mlflow.db", "artifact_path": "mlruns", "experiment": "test"}}
+        settings["parameters"] = {"validation": {"docs_path": "validation"}}
+        context = SimpleNamespace(project_path=project, env="test", params={}, config_loader=Loader(settings))
+        if functions:
+            hooks += (SimpleNamespace(**{name: hook_impl(function) for name, function in functions.items()}),)
+        for hook in hooks:
+            self._hooks.register(hook)
+        self._hooks.hook.after_context_created(context=context)
+
+    def begin(self):
+        self._call("before_pipeline_run")
+
+    def end(self):
+        self._call("after_pipeline_run", run_result={})
+
+    def begin_and_end(self):
+        self.begin()
+        self.end()
+
+    def fail(self):
+        self._call("on_pipeline_error", error=ValueError())
+
+    def _call(self, name, **arguments):
+        getattr(self._hooks.hook, name)(run_params={}, pipeline=Pipeline([]), catalog=DataCatalog({}), **arguments)
+
+
+class Loader(dict):
+    runtime_params = None
+
+
+def refuse():
+    raise UserError("no")
+
+
+@pytest.mark.parametrize("end", [Run.end, Run.fail])
 def test_lock_is_free_again_after_the_run_however_it_ends(tmp_path, end):
-    first, second = LockHook(), LockHook()
-    for hook in (first, second):
-        hook.after_context_created(SimpleNamespace(project_path=tmp_path))
-    first.before_pipeline_run()
+    first, second = Run(tmp_path, LockHook()), Run(tmp_path, LockHook())
+    first.begin()
     with pytest.raises(UserError, match=r"Another run is writing into .*data \(process \d+, since 20"):
-        second.before_pipeline_run()
-    getattr(first, end)()
-    second.before_pipeline_run()
-    getattr(second, end)()
+        second.begin()
+    end(first)
+    second.begin()
+    end(second)
+
+
+@pytest.mark.parametrize("name", ["before_pipeline_run", "after_pipeline_run"])
+def test_a_hook_that_fails_leaves_no_lock_and_the_folder_as_it_was(tmp_path, monkeypatch, name):
+    project, caller = tmp_path / "project", tmp_path / "caller"
+    for folder in (project, caller):
+        folder.mkdir()
+    monkeypatch.chdir(caller)
+    run = Run(project, LockHook(), SettingsHook(), **{name: refuse})
+    with pytest.raises(UserError, match="no"):
+        run.begin_and_end()
+    assert Path.cwd() == caller
+    Run(project, LockHook()).begin()
+
+
+def test_after_a_run_that_ctrl_c_has_left_in_a_notebook_the_next_one_goes_on_in_it(tmp_path, monkeypatch):
+    project, caller = tmp_path / "project", tmp_path / "caller"
+    for folder in (project, caller):
+        folder.mkdir()
+    monkeypatch.chdir(caller)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri = mlflow.get_tracking_uri()
+    run = Run(project, LockHook(), SettingsHook(), MlflowHook())
+    try:
+        run.begin()
+        left = mlflow.active_run().info.run_id
+        run.begin()  # Kedro has told no hook that the first one ended
+        assert mlflow.active_run().info.run_id == left
+        run.end()
+        assert Path.cwd() == caller
+        assert mlflow.get_run(left).info.status == "FINISHED"
+    finally:
+        mlflow.end_run()
+        mlflow.set_tracking_uri(uri)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Generator
 from datetime import datetime
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -56,6 +57,8 @@ class SettingsHook:
     Kedro checks the keys within the blocks.
     """
 
+    _caller: Path | None = None
+
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
         """Compares the names of the blocks with what the pipelines ask for."""
@@ -79,27 +82,45 @@ class SettingsHook:
         self._start_from = getattr(context.params.get("training"), "start_from", None)
         self._project = context.project_path
 
-    @hook_impl(tryfirst=True)
-    def before_pipeline_run(self, pipeline: Pipeline) -> None:
-        """Looks for the network now, not after import and features; the registry is left to the node that asks it."""
+    @hook_impl(wrapper=True)
+    def before_pipeline_run(self, pipeline: Pipeline) -> Generator[None, Any, Any]:
+        """Looks for the network now, not after import and features; the registry is left to the node that asks it.
+
+        Goes to the project's folder before all other hooks, and back if one of them fails.
+        """
         from htr_pipeline.io.starting_point import StartingPoint
 
-        # Paths among the settings mean the project's folder, as Kedro has it with those of the catalog.
-        self._caller = Path.cwd()
-        os.chdir(self._project)
-        place = self._start_from
-        if place and "params:training" in pipeline.inputs() and not place.startswith("models:"):
-            StartingPoint.find(place)
+        # Of Ctrl-C Kedro tells no hook: in a notebook, which lives on, the folder is still the project's then.
+        if self._caller is None or Path.cwd() != self._project:
+            self._caller = Path.cwd()
+        try:
+            # Paths among the settings mean the project's folder, as Kedro has it with those of the catalog.
+            os.chdir(self._project)
+            place = self._start_from
+            if place and "params:training" in pipeline.inputs() and not place.startswith("models:"):
+                StartingPoint.find(place)
+            return (yield)
+        except BaseException:
+            self._go_back()
+            raise
 
-    @hook_impl(trylast=True)
-    def after_pipeline_run(self) -> None:
-        """Goes back to the caller's folder."""
-        os.chdir(self._caller)
+    @hook_impl(wrapper=True)
+    def after_pipeline_run(self) -> Generator[None, Any, Any]:
+        """Goes back to the caller's folder, after all other hooks."""
+        try:
+            return (yield)
+        finally:
+            self._go_back()
 
     @hook_impl(trylast=True)
     def on_pipeline_error(self) -> None:
         """Goes back to the caller's folder."""
-        os.chdir(self._caller)
+        self._go_back()
+
+    def _go_back(self) -> None:
+        if self._caller:
+            os.chdir(self._caller)
+        self._caller = None
 
 
 class LockHook:
@@ -110,9 +131,9 @@ class LockHook:
         """Remembers where the project is."""
         self._path = Path(context.project_path) / _LOCK_FILE
 
-    @hook_impl(tryfirst=True)
-    def before_pipeline_run(self) -> None:
-        """Takes the lock, before any other hook writes."""
+    @hook_impl(wrapper=True)
+    def before_pipeline_run(self) -> Generator[None, Any, Any]:
+        """Takes the lock, before any other hook writes, and frees it if one of them fails."""
         self._lock = FileLock(self._path)
         try:
             self._lock.acquire(blocking=False)
@@ -124,6 +145,11 @@ class LockHook:
             ) from None
         with contextlib.suppress(OSError):  # Windows: a locked file cannot be written or read by its name
             self._path.write_text(f"{os.getpid()}, since {datetime.now().astimezone().isoformat(' ', 'seconds')}")
+        try:
+            return (yield)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _holder(self) -> str:
         try:
@@ -131,10 +157,13 @@ class LockHook:
         except OSError:
             return _UNKNOWN
 
-    @hook_impl(trylast=True)
-    def after_pipeline_run(self) -> None:
-        """Frees the lock."""
-        self._lock.release()
+    @hook_impl(wrapper=True)
+    def after_pipeline_run(self) -> Generator[None, Any, Any]:
+        """Frees the lock, after all other hooks."""
+        try:
+            return (yield)
+        finally:
+            self._lock.release()
 
     @hook_impl(trylast=True)
     def on_pipeline_error(self) -> None:
@@ -181,6 +210,10 @@ class MlflowHook:
         import mlflow
         from mlflow.exceptions import MlflowException
 
+        if (left := mlflow.active_run()) and left.info.run_id == getattr(self, "_run_id", None):
+            # By Ctrl-C in a notebook, which lives on. The same command goes on in it.
+            with contextlib.suppress(Exception):  # its server may be gone
+                mlflow.end_run("KILLED")
         uri = tracking_uri(self._project, self._settings)
         mlflow.set_tracking_uri(uri)
         database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None

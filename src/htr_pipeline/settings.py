@@ -22,7 +22,7 @@ for _name, _value in {
 # Kedro 1.7 with OmegaConf 2.4: nothing that a user could change.
 warnings.filterwarnings("ignore", message="register_new_resolver")
 
-HOOKS = (LockHook(), SettingsHook(), CheckpointHook(), MlflowHook())  # of two that want to be first, the later one is
+HOOKS = (LockHook(), SettingsHook(), CheckpointHook(), MlflowHook())  # of two wrappers the later one is around
 
 CONFIG_LOADER_CLASS = LayeredConfigLoader
 # One environment overrides single keys of a block, not the whole block.
