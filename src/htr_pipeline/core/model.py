@@ -339,7 +339,10 @@ def weights_hash(model: keras.Model) -> str:
 
 
 def multiplications(model: keras.Model, width_pixels: int) -> int:
-    """Multiplications of one line of that width through a network of build_model."""
+    """Multiplications of one line of that width through a network of build_model, as it reads.
+
+    The shortcut head, which only training has, is not counted.
+    """
     total, columns = 0, width_pixels
     for layer in model.layers:
         if isinstance(layer, keras.layers.MaxPooling2D) and layer.name.startswith("pool_"):

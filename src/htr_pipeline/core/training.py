@@ -21,7 +21,7 @@ from htr_pipeline.core.ctc.loss import ctc_loss
 from htr_pipeline.core.ctc.loss import required_frames as required_frames_of_labels
 from htr_pipeline.core.distribution import Distribution, change_copies, gathered, summed
 from htr_pipeline.core.image import num_frames
-from htr_pipeline.core.metrics import score_lines
+from htr_pipeline.core.metrics import LineScores, score_lines
 from htr_pipeline.core.model import FrameLength, chosen_precision, set_precision
 from htr_pipeline.core.optimizer import Muon
 from htr_pipeline.core.recipe import TrainingConfig, learning_rate, unusual_rate
@@ -177,13 +177,14 @@ def train_network(
 
     total_steps = config.epochs * math.ceil(num_training_lines / config.batch_size)
 
-    def share_done() -> tuple[float, bool]:
-        """And whether training shall stop: all workers go by the clock that is ahead, and by the first Ctrl-C."""
+    def synchronise() -> bool:
+        """Sets all workers to the clock that is ahead; returns whether any of them was asked to stop."""
         state.elapsed_seconds, stop = distribution.largest(state.elapsed_seconds, progress.stop_asked())
-        return _done(state, total_steps, config), bool(stop)
+        return bool(stop)
 
     saved_at = time.monotonic()
-    done, stop_asked = share_done()
+    stop_asked = synchronise()
+    done = _done(state, total_steps, config)
     # An epoch under way is validated even if its last batch was the last of all.
     ended_by = "" if state.batch else _end(state, done, config)
     while not ended_by:
@@ -224,7 +225,8 @@ def train_network(
                 trainer.restart(best if state.best_cer < READING_CER else initial)
                 monitor = CollapseMonitor(config.plateau_steps)
             progress.step(_done(state, total_steps, config), _running_figures(state.sums))
-            done, stop_asked = share_done()
+            stop_asked = synchronise()
+            done = _done(state, total_steps, config)
             if now - saved_at >= config.checkpoint_seconds:
                 save_checkpoint()
                 saved_at = clock = time.monotonic()
@@ -252,9 +254,10 @@ def train_network(
             state.best_cer, state.best_epoch = score.cer, state.epoch
             best = model.get_weights()
         progress.epoch(state.history[-1], samples)
-        done, _ = share_done()
-        if by_heart and config.on_collapse != "warn":
-            _go_back(state, by_heart, config, progress)
+        synchronise()
+        done = _done(state, total_steps, config)
+        if by_heart and config.on_collapse != "warn":  # against which no rate helps
+            raise _collapse_error(state, by_heart, config)
         if interrupted:
             ended_by = "interrupt"
         else:
@@ -292,7 +295,7 @@ class Trainer:
     Args:
         model: its weights are changed, and it computes in config.precision from now on.
         charset: its classes.
-        config: batch size, optimizer, precision and weight of the shortcut.
+        config: batch size, optimizer, precision, label smoothing and weight of the shortcut.
         distribution: the devices that share each batch; None: one device.
 
     Raises:
@@ -370,8 +373,8 @@ class Trainer:
         for variable in self.optimizer.variables:
             variable.assign(tf.zeros_like(variable))
 
-    def validate(self, lines: list[Line]) -> tuple[float, Any, list[tuple[str, str]]]:
-        """Mean loss of a line, score, and five (reference, hypothesis) pairs."""
+    def validate(self, lines: list[Line]) -> tuple[float, LineScores, list[tuple[str, str]]]:
+        """Mean loss of a line, scores, and five (reference, hypothesis) pairs."""
         total, references, hypotheses = 0.0, [], []
         rows = self.distribution.rows(self.config.batch_size)
         for members, batch in ordered_batches(lines, self.charset, self.config.batch_size):
@@ -564,13 +567,18 @@ def _in_words(verdict: Verdict, config: TrainingConfig) -> str:
     return verdict.sentence + (unusual_rate(config) if verdict.rate_may_help else "")
 
 
+def _collapse_error(state: TrainingState, verdict: Verdict, config: TrainingConfig) -> UserError:
+    """Why training does not go on."""
+    if config.on_collapse == "stop":
+        return UserError(f"Step {state.step}: {_in_words(verdict, config)} (training.on_collapse is stop.)")
+    tried = f" The rate was lowered {state.returns} times." if state.returns else ""
+    return UserError(f"Step {state.step}: {verdict.sentence} A lower learning rate does not help here.{tried}")
+
+
 def _go_back(state: TrainingState, verdict: Verdict, config: TrainingConfig, progress: Progress) -> None:
     """Lowers the rate, or raises where that is not wanted or does not help."""
-    if config.on_collapse == "stop":
-        raise UserError(f"Step {state.step}: {_in_words(verdict, config)} (training.on_collapse is stop.)")
-    if not verdict.rate_may_help or state.returns >= _MOST_RETURNS:
-        tried = f" The rate was lowered {state.returns} times." if state.returns else ""
-        raise UserError(f"Step {state.step}: {verdict.sentence} A lower learning rate does not help here.{tried}")
+    if config.on_collapse == "stop" or not verdict.rate_may_help or state.returns >= _MOST_RETURNS:
+        raise _collapse_error(state, verdict, config)
     state.returns += 1
     state.bad_batches = 0
     state.rate_factor *= _RATE_FACTOR
