@@ -19,7 +19,7 @@ from htr_pipeline.core.text import Charset
 keras = pytest.importorskip("keras")
 
 from htr_pipeline.core.model import build_model  # noqa: E402  after TensorFlow is known to be there
-from htr_pipeline.mlflow_model import LineReader, write_settings  # noqa: E402
+from htr_pipeline.mlflow_model import LineReader, settings_text  # noqa: E402
 
 CHARSET = Charset(" abcde")
 
@@ -37,7 +37,8 @@ def reader(folder, network, decoding, *, language_model=None, words="", calibrat
     (folder / "charset.json").write_text(CHARSET.to_json(), encoding="utf-8")
     (folder / "lexicon.txt").write_text(words, encoding="utf-8")
     (language_model or CharacterNGram.train(["abc", "bad cab"], 2)).save(folder / "language_model.npz")
-    write_settings(folder / "settings.json", ImageConfig(height_pixels=32), decoding, calibration or {})
+    settings = settings_text(ImageConfig(height_pixels=32), decoding, calibration or {})
+    (folder / "settings.json").write_text(settings, encoding="utf-8")
     return load(folder, network)
 
 

@@ -56,10 +56,10 @@ def signature(decoding: DecodingConfig) -> ModelSignature:
     )
 
 
-def write_settings(path: Path, features: ImageConfig, decoding: DecodingConfig, calibration: Mapping[str, Any]) -> None:
+def settings_text(image_config: ImageConfig, decoding: DecodingConfig, calibration: Mapping[str, Any]) -> str:
     """What reading a line depends on beside the models: settings of lines and decoder, and the calibration."""
-    settings = {"features": pixel_settings(features), "decoding": asdict(decoding), "calibration": calibration}
-    path.write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
+    settings = {"features": pixel_settings(image_config), "decoding": asdict(decoding), "calibration": calibration}
+    return json.dumps(settings, ensure_ascii=False, indent=1)
 
 
 class LineReader(mlflow.pyfunc.PythonModel):

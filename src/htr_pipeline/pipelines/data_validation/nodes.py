@@ -110,13 +110,13 @@ def validate_lines(
     import_rejections: pa.Table,
     import_warnings: list[str],
     validation: ValidationConfig,
-    features: ImageConfig,
+    image_config: ImageConfig,
 ) -> tuple[pa.Table, pa.Table, pa.Table, dict[str, Any]]:
     """imported_lines to validated_lines, rejected_lines, warned_lines and validation_summary; a page to docs_path."""
     checks = {level: [c for c in line_checks(validation) if validation.level(c.reason) == level] for level in _LEVELS}
     about_set = [check for check in set_checks() if validation.level(check.reason) != "off"]
 
-    facts = collect_facts(imported_lines, validation, features)
+    facts = collect_facts(imported_lines, validation, image_config)
     rejecting = run_checks(facts, checks["reject"])
     rejected_by = np.full(len(facts), -1)
     for index, outcome in reversed(list(enumerate(rejecting))):
@@ -129,7 +129,7 @@ def validate_lines(
     # Again for the lines that are left: what is rare or stands twice among them does not depend on those that are not.
     if is_rejected.any():
         del facts  # the memory of a million lines
-        facts = collect_facts(validated, validation, features)
+        facts = collect_facts(validated, validation, image_config)
     outcomes = run_checks(facts, [*checks["warn"], *checks["stop"], *about_set])
     warning = [outcome for outcome in outcomes if outcome.check.reason in LINE_LEVELS]
     of_set = [outcome for outcome in outcomes if outcome.check.reason in SET_LEVELS]

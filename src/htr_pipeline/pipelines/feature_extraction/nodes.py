@@ -14,18 +14,18 @@ from htr_pipeline.io.manifest import SPLITS
 _MEASURED = ("width_pixels", "ink_share", "contrast", "slant_degrees")
 
 
-def extract_features(manifest: pa.Table, features: ImageConfig) -> ShardPlan:
+def extract_features(manifest: pa.Table, image_config: ImageConfig) -> ShardPlan:
     """Manifest → features: the dataset carries the plan out shard by shard, so that no more is ever in memory."""
-    return ShardPlan(manifest, features)
+    return ShardPlan(manifest, image_config)
 
 
-def summarise_features(features: FeatureShards, config: ImageConfig) -> dict[str, Any]:
+def summarise_features(features: FeatureShards, image_config: ImageConfig) -> dict[str, Any]:
     """Features → feature_stats."""
     table = features.figures()
     by_split = {split: table.filter(pc.equal(table["split"], split)) for split in SPLITS}
     return {
         "data_hash": features.data_hash(),
-        "height_pixels": config.height_pixels,
+        "height_pixels": image_config.height_pixels,
         "num_lines": {split: len(part) for split, part in by_split.items()},
         "num_bytes": features.num_bytes(),
         **{name: _distribution(table[name].to_numpy()) for name in _MEASURED},

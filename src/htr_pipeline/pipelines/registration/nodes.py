@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import distributions, version
 from itertools import islice
 from pathlib import Path
@@ -67,7 +68,7 @@ def register_model(
     language_model: Any,
     lexicon: str,
     calibration: dict[str, Any],
-    image: ImageConfig,
+    image_config: ImageConfig,
     tuned_decoding: dict[str, Any],
     registration: RegistrationConfig,
 ) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def register_model(
             "The metrics were measured with another network than the one to be registered, which was trained since. "
             "Measure this one first: kedro run --from-nodes read_lines"
         )
-    if different := differing_settings(features.settings(), pixel_settings(image)):
+    if different := differing_settings(features.settings(), pixel_settings(image_config)):
         raise UserError(
             f"The lines on disk were made with other settings of features than this run has: {'; '.join(different)}. "
             "The model would read new lines in another way than it was measured. Give the settings of then, or begin "
@@ -105,16 +106,13 @@ def register_model(
             f"that its CER says nothing; version {champion.version} stays champion"
         )
     if number is None:
-        with tempfile.TemporaryDirectory() as folder:
-            names = ("network.keras", "charset.json", "language_model.npz", "lexicon.txt", "settings.json", PROVENANCE)
-            files = {name: Path(folder) / name for name in names}
-            model.save(files["network.keras"])
-            language_model.save(files["language_model.npz"])
-            files["charset.json"].write_text(charset, encoding="utf-8")
-            files["lexicon.txt"].write_text(lexicon, encoding="utf-8")
-            files[PROVENANCE].write_text(json.dumps(provenance), encoding="utf-8")
-            mlflow_model.write_settings(files["settings.json"], image, decoding, calibration)
-            logged = _log_model(list(files.values()), features, decoding)
+        texts = {
+            "charset.json": charset,
+            "lexicon.txt": lexicon,
+            "settings.json": mlflow_model.settings_text(image_config, decoding, calibration),
+            PROVENANCE: json.dumps(provenance),
+        }
+        logged = _log_model(model, language_model, texts, features, decoding)
         # With its tags at once: a version without them, of a run that was killed, could never be compared.
         number = str(mlflow.register_model(logged.model_uri, registration.model_name, tags=tags).version)
     run = client.get_run(mlflow.active_run().info.run_id)  # with the tags that it was given since it began
@@ -234,20 +232,29 @@ def _reason(cer: float, champion_cer: float | None, champion: Any | None, split:
     return f"CER {cer:.2%} on the {split} lines is {verdict} the {champion_cer:.2%} of version {champion.version}"
 
 
-def _log_model(files: list[Path], features: FeatureShards, decoding: DecodingConfig) -> Any:
+def _log_model(
+    model: Any, language_model: Any, texts: Mapping[str, str], features: FeatureShards, decoding: DecodingConfig
+) -> Any:
+    """Writes network, language model and the text files of these names, and logs them as the run's model."""
     import mlflow
 
     from htr_pipeline import mlflow_model
 
-    return mlflow.pyfunc.log_model(
-        name="model",
-        python_model=str(Path(mlflow_model.__file__)),
-        artifacts={path.stem: str(path) for path in files},
-        code_paths=[str(Path(htr_pipeline.__file__).parent)],
-        signature=mlflow_model.signature(decoding),
-        input_example=pd.DataFrame({"image": [_example(features)]}),
-        pip_requirements=[f"{name}=={version(name)}" for name in _requirements()],
-    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model.save(folder / "network.keras")
+        language_model.save(folder / "language_model.npz")
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        return mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(mlflow_model.__file__)),
+            artifacts={path.stem: str(path) for path in sorted(folder.iterdir())},
+            code_paths=[str(Path(htr_pipeline.__file__).parent)],
+            signature=mlflow_model.signature(decoding),
+            input_example=pd.DataFrame({"image": [_example(features)]}),
+            pip_requirements=[f"{name}=={version(name)}" for name in _requirements()],
+        )
 
 
 def _requirements() -> list[str]:

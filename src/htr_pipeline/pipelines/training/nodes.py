@@ -1,4 +1,4 @@
-"""Nodes: features → charset, model, history, provenance."""
+"""Nodes: features → charset, language_model, lexicon, model, history, provenance, learning_curves."""
 
 import contextlib
 import hashlib
@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.batching import Line
-from htr_pipeline.core.collapse import READING_CER
+from htr_pipeline.core.collapse import ADVICE, READING_CER
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.ctc.lexicon import bare_word
 from htr_pipeline.core.image import differing_settings
@@ -176,18 +176,11 @@ def train(
     if distribution.num_replicas > 1:
         logger.info("Each batch of %d lines is shared by %d devices.", training.batch_size, distribution.num_replicas)
     classes = Charset.from_json(charset)
-    settings = {
-        "set of lines": feature_stats["data_hash"],
-        "charset": charset_hash(charset),
-        **{f"version of {package}": version(package) for package in ("htr-pipeline", "keras", "numpy")},
-    }
-    for block, values in {"model": model, "augmentation": augmentation, "training": training}.items():
-        settings |= {f"{block}.{name}": value for name, value in asdict(values).items() if name not in _NOT_OF_WEIGHTS}
     start = find_start(training, checkpoint, feature_stats["data_hash"])
     if start and start.name != training.start_from:
         logger.info("%s is %s.", training.start_from, start.name)
-    settings["network to start from"] = start.content_hash() if start else None
-    names = {"training.start_from": training.start_from, "start": start.name if start else None}
+    settings = _settings_of_weights(feature_stats["data_hash"], charset, model, augmentation, training, start)
+    names_of_start = {"training.start_from": training.start_from, "start": start.name if start else None}
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     distribution.require_equal(
         f"{fingerprint} {replace(training, start_from=None)}",
@@ -215,24 +208,14 @@ def train(
             classes,
             augmentation=augmentation,
             config=training,
-            checkpoints=FileCheckpoints(Path(checkpoint.path), fingerprint, settings | names),
+            checkpoints=FileCheckpoints(Path(checkpoint.path), fingerprint, settings | names_of_start),
             progress=progress,
             distribution=distribution,
         )
         progress.complete(trained.history)
     logger.info("Best validation CER: %.2f %% (greedy); ended by: %s.", 100 * trained.best_cer, trained.ended_by)
-    if trained.best_cer > READING_CER > trained.history[-1]["train_cer"]:
-        logger.warning(
-            "The network reads its training lines better (CER %.0f %%) than others. Look whether each text belongs to "
-            "its image. If it does, these are too few lines: add more, or begin with a network that reads, by "
-            "--env finetune.", 100 * trained.history[-1]["train_cer"],
-        )  # fmt: skip
-    elif trained.best_cer > READING_CER:
-        logger.warning(
-            "The network does not read yet. It made %d steps, and from scratch reading takes some thousand: raise "
-            "training.epochs (%d) or training.max_minutes, or begin with a network that reads, by --env finetune.",
-            trained.history[-1]["step"], training.epochs,
-        )  # fmt: skip
+    if trained.best_cer > READING_CER:
+        _warn_of_not_reading(trained.history[-1], training)
     if trained.ended_by == "interrupt":
         logger.warning("Training is not complete: the same command goes on where it was stopped.")
     metadata = {
@@ -249,6 +232,40 @@ def train(
         metadata["model_hash"], charset, features.settings(), features.content_hashes()["train"], start
     )
     return trained.model, to_table(trained.history, HISTORY, metadata), provenance
+
+
+def _settings_of_weights(
+    data_hash: str,
+    charset: str,
+    model: ModelConfig,
+    augmentation: AugmentationConfig,
+    training: TrainingConfig,
+    start: StartingPoint | None,
+) -> dict[str, Any]:
+    """All that the weights depend on, by name. The fingerprint of a training is made of it, in this order."""
+    settings = {
+        "set of lines": data_hash,
+        "charset": charset_hash(charset),
+        **{f"version of {package}": version(package) for package in ("htr-pipeline", "keras", "numpy")},
+    }
+    for block, values in {"model": model, "augmentation": augmentation, "training": training}.items():
+        settings |= {f"{block}.{name}": value for name, value in asdict(values).items() if name not in _NOT_OF_WEIGHTS}
+    return settings | {"network to start from": start.content_hash() if start else None}
+
+
+def _warn_of_not_reading(last_epoch: dict[str, Any], training: TrainingConfig) -> None:
+    """Says why the best network does not read validation lines, and what to try."""
+    if last_epoch["train_cer"] < READING_CER:
+        logger.warning(
+            "The network reads its training lines better (CER %.0f %%) than others. %s",
+            100 * last_epoch["train_cer"], ADVICE["by_heart"],
+        )  # fmt: skip
+    else:
+        logger.warning(
+            "The network does not read yet. It made %d steps, and from scratch reading takes some thousand: raise "
+            "training.epochs (%d) or training.max_minutes, or begin with a network that reads, by --env finetune.",
+            last_epoch["step"], training.epochs,
+        )  # fmt: skip
 
 
 def find_start(training: TrainingConfig, checkpoint: CheckpointConfig, data_hash: str) -> StartingPoint | None:
