@@ -109,6 +109,7 @@ def test_images_alone_give_a_table_and_nothing_is_read_twice(lines, starter, tmp
     assert (first.num_known, again.num_known) == (0, 4)
     assert [file.read_text("utf-8").strip() for file in again.files] == table["text"].tolist()
     assert run(lines, tmp_path / "beam", starter, decoder="beam").num_known == 0
+    assert run(lines, tmp_path / "looks", starter, looks=1).num_known == 0
 
 
 def test_table_needs_no_column_of_texts(lines, starter, tmp_path):

@@ -115,6 +115,7 @@ def export(format: str, output: Path, decoder: str | None, split: str | None, en
 )
 @click.option("--model", help="models:/NAME@ALIAS, models:/NAME/VERSION, a folder or starter; default: the champion.")
 @click.option("--decoder", type=click.Choice(("greedy", "beam", "beam_lm")), help="Default: that of the model.")
+@click.option("--looks", type=click.Choice(("1", "3")), help="At a line: 1 is faster; default: those of the model.")
 @click.option("--only-empty", is_flag=True, help="Leave lines alone that have a text already.")
 @click.option("--env", "-e", help="Kedro environment, as for run.")
 @click.option(
@@ -126,6 +127,7 @@ def transcribe(
     format: str | None,
     model: str | None,
     decoder: str | None,
+    looks: str | None,
     only_empty: bool,
     env: str | None,
     params: dict[str, Any],
@@ -159,6 +161,7 @@ def transcribe(
             Path("data/07_model_output/transcriptions.sqlite"),
             format=format,
             decoder=decoder,
+            looks=int(looks) if looks else None,
             only_empty=only_empty,
         )
     before = f", {done.num_known} of them before" if done.num_known else ""

@@ -62,6 +62,7 @@ def transcribe(
     *,
     format: str | None = None,
     decoder: str | None = None,
+    looks: int | None = None,
     only_empty: bool = False,
 ) -> Transcription:
     """Reads the lines of a source, transcribed or not, and writes what was read.
@@ -74,6 +75,7 @@ def transcribe(
             none.
         format: one of io.exporters.FORMATS; None for page or alto where the source has such files, tsv elsewhere.
         decoder: one of core.recipe.DECODERS; None for that of the model.
+        looks: at a line, 1 or 3; None for those of the model.
         only_empty: lines that have a text already are not read.
 
     Raises:
@@ -96,7 +98,7 @@ def transcribe(
     from htr_pipeline.mlflow_model import LineReader
 
     reader = LineReader().load(model.files())
-    decoding = reader.decoding(decoder=decoder)
+    decoding = reader.decoding(decoder=decoder, looks=looks)
     hashes = [row["content_hash"] for row in rows]
     with _Readings(store, _reading_hash(model.files().values(), asdict(decoding))) as readings:
         known = readings.find(hashes)
