@@ -1,9 +1,11 @@
 """New lines read by the network of the package: pages, line images and tables that nobody has transcribed."""
 
+import json
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
 import fontpkg
@@ -95,9 +97,33 @@ def test_lines_of_a_page_are_written_into_a_copy_of_it(page, starter, tmp_path):
 def test_transcribed_lines_can_be_left_as_they_are(page, starter, tmp_path):
     done = run(page, tmp_path / "out", starter, only_empty=True)
     texts = texts_of(done.files[0])
-    assert done.num_lines == 3
+    assert (done.num_lines, done.num_kept) == (3, 1)
     assert texts["l0"] == "as a human wrote"
     assert error_rate([texts[f"l{number}"] for number in (1, 2, 3)]) < 0.2
+    run(page, tmp_path / "out", starter, only_empty=True, format="tsv")
+    table = pd.read_csv(tmp_path / "out/lines.tsv", sep="\t")
+    assert table["text"].tolist() == [texts[f"l{number}"] for number in range(4)]
+    assert table["confidence"].isna().tolist() == [True, False, False, False]
+    (hocr,) = run(page, tmp_path / "out", starter, only_empty=True, format="hocr").files
+    assert hocr.read_text("utf-8").count("x_wconf") == sum(len(texts[f"l{n}"].split()) + 1 for n in (1, 2, 3))
+
+
+def test_page_that_is_transcribed_already_is_copied_and_a_region_takes_the_text_that_counts(page, starter, tmp_path):
+    done = (page / "sheet.xml").read_text("utf-8").replace('<TextLine id="nowhere"/>', "")
+    texts = '<TextEquiv index="1"><Unicode>second</Unicode></TextEquiv><TextEquiv index="0"><Unicode>best'
+    for number in (1, 2, 3):
+        done = done.replace(
+            "/></TextLine>", f"/><TextEquiv><Unicode>known {number}</Unicode></TextEquiv></TextLine>", 1
+        )
+    (page / "done.xml").write_text(done, encoding="utf-8")
+    sheet = (page / "sheet.xml").read_text("utf-8").replace("<TextEquiv><Unicode>as a human wrote", texts)
+    region = "<TextEquiv><Unicode>of the region</Unicode></TextEquiv></TextRegion>"
+    (page / "sheet.xml").write_text(sheet.replace("</TextRegion>", region), encoding="utf-8")
+    files = run(page, tmp_path / "out", starter, only_empty=True).files
+    assert [file.name for file in files] == ["done.xml", "sheet.xml"]
+    assert files[0].read_text("utf-8") == done
+    of_region = ElementTree.parse(files[1]).find(".//{*}TextRegion/{*}TextEquiv/{*}Unicode").text
+    assert of_region.splitlines()[0] == "best"
 
 
 def test_images_alone_give_a_table_and_nothing_is_read_twice(lines, starter, tmp_path):
@@ -118,6 +144,56 @@ def test_table_needs_no_column_of_texts(lines, starter, tmp_path):
     assert run(lines / "without.csv", tmp_path / "out", starter).num_lines == 4
     table.to_csv(lines / "partly.csv", index=False)
     assert run(lines / "partly.csv", tmp_path / "out", starter, only_empty=True).num_lines == 3
+
+
+def test_output_may_lie_beside_a_table_but_not_among_its_images(lines, starter, tmp_path):
+    (tmp_path / "table.csv").write_text(
+        "image\n" + "".join(f"lines/line_{n}.png\n" for n in range(4)), encoding="utf-8"
+    )
+    assert run(tmp_path / "table.csv", tmp_path / "out", starter).num_lines == 4
+    for output in (tmp_path, lines):
+        with pytest.raises(UserError, match="which is a source"):
+            run(tmp_path / "table.csv", output, starter)
+    images = [{"image": {"bytes": path.read_bytes(), "path": path.name}} for path in sorted(lines.iterdir())]
+    (tmp_path / "parquet").mkdir()
+    pd.DataFrame(images).to_parquet(tmp_path / "parquet/table.parquet")
+    source = NewLinesConfig(path=str(tmp_path / "parquet/table.parquet"), unpack_path=str(tmp_path / "unpacked"))
+    for output in (tmp_path / "parquet", tmp_path / "unpacked/out"):
+        with pytest.raises(UserError, match="which is a source"):
+            transcribe(source, output, starter, tmp_path / "store.sqlite")
+    assert transcribe(source, tmp_path / "parquet/out", starter, tmp_path / "store.sqlite").num_known == 4
+
+
+def test_page_that_cannot_be_written_does_not_keep_the_others_from_it(page, starter, tmp_path):
+    xml = (page / "sheet.xml").read_text("utf-8")
+    (page / "other.xml").write_text(xml.replace('<TextLine id="l2">', "<TextLine>"), encoding="utf-8")
+    with pytest.raises(
+        UserError,
+        match=r"other.xml: there is no line with the id line3(.|\n)*The others are written all the same: 1 in ",
+    ):
+        run(page, tmp_path / "out", starter)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [REJECTED, "sheet.xml"]
+
+
+def test_folder_of_a_network_is_checked_and_its_own_settings_count(lines, starter, tmp_path):
+    folder = tmp_path / "network"
+    shutil.copytree(starter.model_path.parent, folder)
+    provenance = json.loads((folder / "provenance.json").read_text("utf-8"))
+    provenance["feature_settings"] |= {"pillow": "12.0.0", "normalisation": "3"}  # as training writes them
+    (folder / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
+    expected = run(lines, tmp_path / "a/out", starter).files[0].read_bytes()
+    assert run(lines, tmp_path / "b/out", StartingPoint.find(str(folder))).files[0].read_bytes() == expected
+    (folder / "settings.json").write_text("{", encoding="utf-8")
+    for name, message in {
+        "settings.json": r"has settings.json, but not language_model.npz and lexicon.txt",
+        "charset.json": "this is no charset",
+        "model.keras": "no network can be read from it",
+    }.items():
+        (folder / name).write_text("{", encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            run(lines, tmp_path / "c/out", StartingPoint.find(str(folder)))
+        shutil.copytree(starter.model_path.parent, folder, dirs_exist_ok=True)
+        (folder / "settings.json").unlink(missing_ok=True)
 
 
 def test_killed_process_loses_only_the_lines_in_hand(lines, starter, tmp_path):
@@ -163,7 +239,12 @@ def test_what_cannot_be_is_said_before_anything_is_read(lines, page, starter, tm
     with pytest.raises(UserError, match=r"none of its lines can be read \(1 unreadable_image\), for instance: broken"):
         run(lines, tmp_path / "out", starter)
     store.write_text("no database" * 100)
-    with pytest.raises(UserError, match=r"store.sqlite: what was read before cannot be opened .* Remove it"):
+    with pytest.raises(UserError, match=r"store.sqlite: what was read before .* cannot be used .* remove it"):
+        run(page, tmp_path / "out", starter)
+    store.unlink()
+    with sqlite3.connect(store) as database:
+        database.execute("CREATE TABLE readings (other TEXT)")
+    with pytest.raises(UserError, match=r"store.sqlite: what was read before .*\(no such column"):
         run(page, tmp_path / "out", starter)
 
 
@@ -181,9 +262,14 @@ def test_pages_that_nobody_has_cut_into_lines_are_noticed(lines, starter, tmp_pa
     assert "4 of 4 images are higher than wide, for instance line_0.png: are they pages?" in caplog.text
 
 
-def test_table_of_what_was_left_out_goes_when_it_is_empty(lines, starter, tmp_path):
+def test_table_of_what_was_left_out_goes_when_it_is_empty(lines, starter, tmp_path, caplog):
     (lines / "broken.png").write_bytes(b"no image")
     assert run(lines, tmp_path / "out", starter).num_rejected == 1
     (lines / "broken.png").unlink()
+    (lines / "scan.webp").write_bytes(b"")
     assert run(lines, tmp_path / "out", starter).num_rejected == 0
-    assert [path.name for path in Path(tmp_path / "out").iterdir()] == ["lines.tsv"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lines.tsv"]
+    assert "1 files are neither PNG, JPEG nor TIFF and are not read, for instance scan.webp" in caplog.text
+    (tmp_path / "out" / REJECTED).write_text("my own", encoding="utf-8")
+    run(lines, tmp_path / "out", starter)
+    assert (tmp_path / "out" / REJECTED).read_text() == "my own"

@@ -136,16 +136,15 @@ def transcribe(
     from kedro.framework.session import KedroSession
 
     from htr_pipeline.io.importers import NewLinesConfig
-    from htr_pipeline.io.starting_point import StartingPoint
+    from htr_pipeline.io.starting_point import STARTER, StartingPoint
     from htr_pipeline.transcription import REJECTED, transcribe
 
     with errors_in_words():
-        if unknown := sorted(set(params) - {"source"}):
-            raise UserError(
-                f"--params {', '.join(unknown)}: only settings of source count here, as source.id_column=id."
-            )
-        source = NewLinesConfig(**{"path": str(path.resolve()), **params.get("source", {})})
-        output = output.resolve()
+        settings = params.pop("source", {})
+        if params or not isinstance(settings, dict):
+            wrong = ", ".join(params) or f"source={settings}"
+            raise UserError(f"--params {wrong}: only settings of source count here, as source.id_column=id.")
+        source, output = NewLinesConfig(**{"path": str(path.absolute()), **settings}), output.absolute()
         with KedroSession.create(env=env) as session:
             context = session.load_context()
         registration = context.params["registration"]
@@ -153,11 +152,14 @@ def transcribe(
             model = f"models:/{registration.model_name}@{registration.alias}"
         if model.startswith("models:"):
             _use_mlflow(context)
+        elif model != STARTER and Path(model).is_dir():
+            model = str(Path(model).absolute())
+        start = StartingPoint.find(model, "--model")
         os.chdir(context.project_path)  # where the store is, and images that lay within a table
         done = transcribe(
             source,
             output,
-            StartingPoint.find(model, "--model"),
+            start,
             Path("data/07_model_output/transcriptions.sqlite"),
             format=format,
             decoder=decoder,
@@ -166,7 +168,11 @@ def transcribe(
         )
     before = f", {done.num_known} of them before" if done.num_known else ""
     right = "" if done.num_right is None else f" About {done.num_right:.0f} of them should be without an error."
-    click.echo(f"{done.num_lines} lines read by {model} ({done.decoder}){before}.{right}")
+    click.echo(f"{done.num_lines} lines read by {start.name} ({done.decoder}){before}.{right}")
+    if done.num_empty:
+        click.echo(f"On {done.num_empty} of them nothing was found: they are empty, or not lines of writing.")
+    if done.num_kept:
+        click.echo(f"{done.num_kept} lines have a text and were left as they are.")
     click.echo(f"Files in {output}: {len(done.files)}, for instance {done.files[0]}")
     if done.num_rejected:
         click.echo(f"{done.num_rejected} lines could not be read: {output / REJECTED} says why.")
@@ -183,6 +189,8 @@ def _use_mlflow(context: Any) -> None:
             "with the network that the package brings along."
         )
     mlflow.set_tracking_uri(uri)
+    # Of a server that does not answer one wants to know now; MLflow would try for minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
 
 @cli.command("check-batch")

@@ -77,12 +77,13 @@ class LineReader(mlflow.pyfunc.PythonModel):
         """Loads network, charset, language model, lexicon and settings from the model's artifacts."""
         self.load({name: Path(path) for name, path in context.artifacts.items()})
 
-    def load(self, files: Mapping[str, Path]) -> "LineReader":
+    def load(self, files: Mapping[str, Path], network: Any = None) -> "LineReader":
         """Loads what reading needs; returns itself.
 
         Args:
             files: network and charset, provenance; and settings, language_model and lexicon, without which lines are
                 read greedily and their confidences are not calibrated.
+            network: the first of these, if it is loaded already.
         """
         import keras
 
@@ -91,8 +92,9 @@ class LineReader(mlflow.pyfunc.PythonModel):
 
         charset = Charset.from_json(files["charset"].read_text(encoding="utf-8"))
         self.provenance = json.loads(files["provenance"].read_text(encoding="utf-8")) if "provenance" in files else {}
+        recorded = self.provenance.get("feature_settings", {})  # with versions of libraries
         settings = {
-            "features": self.provenance.get("feature_settings", {}),
+            "features": {name: recorded[name] for name in pixel_settings(ImageConfig()) if name in recorded},
             "decoding": {"decoder": "greedy"},
             "calibration": {},
         }
@@ -104,12 +106,12 @@ class LineReader(mlflow.pyfunc.PythonModel):
             self._lexicon = DecodingConfig(**settings["decoding"]).build_lexicon(words, charset)
         self._features = ImageConfig(**settings["features"])
         self._decoding = settings["decoding"]
-        calibrations = {
+        self._calibrations = {
             decoder: {level: Calibration(**fitted) for level, fitted in levels.items()}
             for decoder, levels in settings["calibration"].items()
         }
-        network = keras.models.load_model(files["network"], compile=False, safe_mode=True)
-        self._network = Network(network, charset, calibrations)
+        network = network or keras.models.load_model(files["network"], compile=False, safe_mode=True)
+        self._network = Network(network, charset, self._calibrations)
         return self
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
@@ -140,6 +142,10 @@ class LineReader(mlflow.pyfunc.PythonModel):
         if decoding.decoder == "beam_lm" and self._language_model is None:
             raise UserError("decoder = 'beam_lm': this network comes without a language model. Take greedy or beam.")
         return decoding
+
+    def is_calibrated(self, decoder: str) -> bool:
+        """Whether the confidence of a line is a probability that was fitted on validation lines."""
+        return "lines" in self._calibrations.get(decoder, {})
 
     def read(
         self, images: Iterable[Any], decoding: DecodingConfig

@@ -6,29 +6,36 @@ import logging
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.atomic import replacing
-from htr_pipeline.io.exporters import check_output, export_lines, of_format, to_tsv
+from htr_pipeline.io.checkpoints import DAMAGED_ARCHIVE
+from htr_pipeline.io.exporters import check_output, export_lines, of_format, protected_folders, to_tsv
 from htr_pipeline.io.features import line_images
 from htr_pipeline.io.importers import NewLinesConfig, import_lines, source_root
+from htr_pipeline.io.importers.lines import visible_files
 from htr_pipeline.io.starting_point import StartingPoint
+
+if TYPE_CHECKING:
+    from htr_pipeline.mlflow_model import LineReader
 
 logger = logging.getLogger(__name__)
 
 REJECTED = "rejected_lines.tsv"
 # Read, and kept, at a time: what a killed process loses.
 _LINES_AT_A_TIME = 256
+_REJECTED_COLUMNS = ("line_id", "file", "reason", "detail")
+_OTHER_IMAGES = (".bmp", ".gif", ".heic", ".jp2", ".pdf", ".webp")  # which are not read
 _LAYOUTS = ("page", "alto")  # formats of sources that have a layout to write into
 
 
@@ -41,8 +48,10 @@ class Transcription:
         decoder: that read.
         num_lines: that were read.
         num_known: those among them that the same model had read before.
-        num_right: how many of them are without an error by the model's estimate; None for a network alone, whose
-            confidences are not calibrated.
+        num_right: how many of them are without an error by the model's estimate; None where its confidences are not
+            calibrated.
+        num_empty: on how many nothing was found.
+        num_kept: lines that were not read, since they have a text.
         num_rejected: lines that could not be read; the table REJECTED beside the files says why.
     """
 
@@ -51,6 +60,8 @@ class Transcription:
     num_lines: int
     num_known: int
     num_right: float | None
+    num_empty: int
+    num_kept: int
     num_rejected: int
 
 
@@ -76,33 +87,35 @@ def transcribe(
         format: one of io.exporters.FORMATS; None for page or alto where the source has such files, tsv elsewhere.
         decoder: one of core.recipe.DECODERS; None for that of the model.
         looks: at a line, 1 or 3; None for those of the model.
-        only_empty: lines that have a text already are not read.
+        only_empty: lines that have a text already are not read, and keep it.
 
     Raises:
         UserError: there is no line to be read, the output cannot be written, or model and decoder do not fit.
     """
+    # Whether a line is of the training or the test of others does not matter.
+    source = replace(source, split="by_writer")
     lines, rejected = import_lines(source.path, source.format, source)
-    num_found = len(lines)
-    if only_empty:
-        lines = lines.filter(pc.equal(lines["text"], ""))
-    if not len(lines):
-        raise UserError(_nothing_to_read(source.path, num_found, rejected))
-    rows, source_format = lines.to_pylist(), lines["format"][0].as_py()
+    rows = [row for row in lines.to_pylist() if not (only_empty and row["text"])]
+    if not rows:
+        raise UserError(_nothing_to_read(source.path, len(lines), rejected))
+    source_format = rows[0]["format"]
     roots = {rows[0]["source"]: source_root(source.path, source_format, source)}
+    entries = {"image_roots": roots, "source_paths": dict.fromkeys(roots, source.path)}
+    lines = lines.replace_schema_metadata({name: json.dumps(values, default=str) for name, values in entries.items()})
     format = format or (source_format if source_format in _LAYOUTS else "tsv")
-    check_output(output, roots)
+    check_output(output / REJECTED, protected_folders(lines))
     if format in _LAYOUTS:
         of_format(rows, format)  # raises now, not when all has been read
     _warn_of_pages(rows)
+    _warn_of_other_images(Path(source.path))
+    _write_rejected(output / REJECTED, rejected)
 
-    from htr_pipeline.mlflow_model import LineReader
-
-    reader = LineReader().load(model.files())
+    reader = _load(model)
     decoding = reader.decoding(decoder=decoder, looks=looks)
     hashes = [row["content_hash"] for row in rows]
     with _Readings(store, _reading_hash(model.files().values(), asdict(decoding))) as readings:
         known = readings.find(hashes)
-        new = iter([row for row in rows if row["content_hash"] not in known])
+        new = iter({row["content_hash"]: row for row in rows if row["content_hash"] not in known}.values())
         num_known = sum(content_hash in known for content_hash in hashes)
         with tqdm(total=len(rows), initial=num_known, desc="Reading lines", unit="line") as bar:
             while some := list(islice(new, _LINES_AT_A_TIME)):
@@ -111,22 +124,47 @@ def transcribe(
                 bar.update(len(some))
         known = readings.find(hashes)
 
+    read = {row["line_id"]: known[row["content_hash"]] for row in rows}
+    readings_or_texts = [
+        read.get(line_id, (text, None))
+        for line_id, text in zip(lines["line_id"].to_pylist(), lines["text"].to_pylist(), strict=True)
+    ]
     predictions = pa.table(
         {
             "line_id": lines["line_id"],
             "split": lines["split"],
             "decoder": pa.repeat(decoding.decoder, len(lines)),
-            "hypothesis": [known[content_hash][0] for content_hash in hashes],
-            "confidence": [known[content_hash][1] for content_hash in hashes],
+            "hypothesis": [text for text, _ in readings_or_texts],
+            "confidence": [confidence for _, confidence in readings_or_texts],
         }
     )
-    manifest = lines.replace_schema_metadata(
-        {"image_roots": json.dumps({name: str(root) for name, root in roots.items()})}
+    files = export_lines(format, lines, predictions, output, decoder=decoding.decoder)
+    return Transcription(
+        files,
+        decoding.decoder,
+        num_lines=len(rows),
+        num_known=num_known,
+        num_right=sum(sure for _, sure in read.values()) if reader.is_calibrated(decoding.decoder) else None,
+        num_empty=sum(not text for text, _ in read.values()),
+        num_kept=len(lines) - len(rows),
+        num_rejected=len(rejected),
     )
-    files = export_lines(format, manifest, predictions, output, decoder=decoding.decoder)
-    _write_rejected(output / REJECTED, rejected)
-    num_right = sum(known[content_hash][1] for content_hash in hashes) if "settings" in model.files() else None
-    return Transcription(files, decoding.decoder, len(rows), num_known, num_right, len(rejected))
+
+
+def _load(model: StartingPoint) -> "LineReader":
+    """The model, ready to read.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from htr_pipeline.mlflow_model import LineReader
+
+    try:
+        return LineReader().load(model.files(), model.model())
+    except UserError:
+        raise
+    except (*DAMAGED_ARCHIVE, TypeError) as exc:
+        raise UserError(f"{model.name}: the model cannot be loaded ({exc!r}). Copy or register it again.") from exc
 
 
 class _Readings:
@@ -142,17 +180,13 @@ class _Readings:
         self._path, self._reader = path, reader
 
     def __enter__(self) -> "_Readings":
-        try:
+        with self._errors_in_words():
             self._database = sqlite3.connect(self._path, timeout=60.0)
             with self._database:
                 self._database.execute(
                     "CREATE TABLE IF NOT EXISTS readings (reader TEXT, content_hash TEXT, text TEXT, confidence REAL, "
                     "PRIMARY KEY (reader, content_hash)) WITHOUT ROWID"
                 )
-        except sqlite3.DatabaseError as exc:
-            raise UserError(
-                f"{self._path}: what was read before cannot be opened ({exc}). Remove it to read everything anew."
-            ) from exc
         return self
 
     def __exit__(
@@ -160,15 +194,27 @@ class _Readings:
     ) -> None:
         self._database.close()
 
+    @contextmanager
+    def _errors_in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as exc:
+            raise UserError(
+                f"{self._path.absolute()}: what was read before is kept there, and it cannot be used ({exc}). If it is "
+                "damaged, remove it: everything is read anew."
+            ) from exc
+
     def find(self, content_hashes: Iterable[str]) -> dict[str, tuple[str, float]]:
         """Text and confidence of those of the lines that were read, by content hash."""
         wanted = set(content_hashes)
         query = "SELECT content_hash, text, confidence FROM readings WHERE reader = ?"
-        return {key: (text, sure) for key, text, sure in self._database.execute(query, [self._reader]) if key in wanted}
+        with self._errors_in_words():
+            rows = self._database.execute(query, [self._reader])
+            return {key: (text, sure) for key, text, sure in rows if key in wanted}
 
     def add(self, readings: Iterable[tuple[str, str, float]]) -> None:
         """Keeps content hash, text and confidence of some lines, all of them or, in a killed process, none."""
-        with self._database:
+        with self._errors_in_words(), self._database:
             rows = ((self._reader, *reading) for reading in readings)
             self._database.executemany("INSERT OR REPLACE INTO readings VALUES (?, ?, ?, ?)", rows)
 
@@ -208,12 +254,24 @@ def _warn_of_pages(rows: Sequence[Mapping[str, Any]]) -> None:
         )  # fmt: skip
 
 
+def _warn_of_other_images(path: Path) -> None:
+    others = sorted(name for name in visible_files(path) if name.lower().endswith(_OTHER_IMAGES))
+    if others:
+        logger.warning(
+            "%d files are neither PNG, JPEG nor TIFF and are not read, for instance %s: convert them.",
+            len(others), others[0],
+        )  # fmt: skip
+
+
 def _write_rejected(path: Path, rejected: pa.Table) -> None:
     """A table of the lines that were left out; none where there are none."""
-    if not len(rejected):
-        path.unlink(missing_ok=True)
-        return
-    names = ("line_id", "file", "reason", "detail")
-    rows = [[row[name] or "" for name in names] for row in rejected.to_pylist()]
-    with replacing(path) as partial:
-        partial.write_bytes(to_tsv(names, rows))
+    header = to_tsv(_REJECTED_COLUMNS, [])
+    try:
+        if len(rejected):
+            rows = [[row[name] or "" for name in _REJECTED_COLUMNS] for row in rejected.to_pylist()]
+            with replacing(path) as partial:
+                partial.write_bytes(to_tsv(_REJECTED_COLUMNS, rows))
+        elif path.exists() and path.read_bytes().startswith(header):  # of an earlier command
+            path.unlink()
+    except OSError as exc:
+        raise UserError(f"{path}: it cannot be written ({exc.strerror}).") from exc

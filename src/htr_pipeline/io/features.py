@@ -368,7 +368,8 @@ def line_images(rows: Iterable[dict[str, Any]], roots: dict[str, Path]) -> Itera
             except UserError as exc:
                 raise UserError(
                     f"line {row['line_id']!r}: {exc} It was there and could be read when the lines were imported: if "
-                    "images were changed, begin there again (`kedro run --pipeline data_validation`)."
+                    "images were changed, import them again (`kedro run --pipeline data_validation`, or the same "
+                    "`kedro transcribe`)."
                 ) from exc
             yield row, line
 

@@ -163,6 +163,14 @@ def image_roots(manifest: pa.Table) -> dict[str, Path]:
     return {name: Path(root) for name, root in json.loads((manifest.schema.metadata or {})[b"image_roots"]).items()}
 
 
+def source_paths(manifest: pa.Table) -> dict[str, Path]:
+    """The folder or file that each source was given as, by its name; empty for a manifest of before there were any."""
+    return {
+        name: Path(path)
+        for name, path in json.loads((manifest.schema.metadata or {}).get(b"source_paths", "{}")).items()
+    }
+
+
 def line_hash(file_hash: str, polygon: list[list[int]] | None, baseline: list[list[int]] | None) -> str:
     """The content_hash of a line: that of its image's file, or, on a page, of that and its place.
 

@@ -65,13 +65,22 @@ class StartingPoint:
         return cls(name, models[0], charset)
 
     def files(self) -> dict[str, Path]:
-        """What mlflow_model.LineReader reads with: all that lies there of a registered model, or else what must."""
+        """What mlflow_model.LineReader reads with: the whole of a registered model, or else network and charset.
+
+        Raises:
+            UserError: only a part of a registered model is there.
+        """
         folder = self.model_path.parent
-        names = ("language_model.npz", "lexicon.txt", "settings.json")
-        of_registered = [folder / name for name in names if (folder / "settings.json").is_file()]
-        provenance = [folder / PROVENANCE] if (folder / PROVENANCE).is_file() else []
-        found = {path.stem: path for path in (*of_registered, *provenance)}
-        return {"network": self.model_path, "charset": self.charset_path, **found}
+        names = ("settings.json", "language_model.npz", "lexicon.txt") if (folder / "settings.json").exists() else ()
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise UserError(f"{folder} has settings.json, but not {' and '.join(missing)}: copy the whole model.")
+        if self.provenance():
+            names = (*names, PROVENANCE)
+        return {
+            "network": self.model_path,
+            "charset": self.charset_path,
+            **{Path(name).stem: folder / name for name in names},
+        }
 
     def model(self) -> Any:
         """The network.

@@ -18,11 +18,12 @@ from htr_pipeline.io.exporters.pages import NewText, edit_alto, edit_page
 from htr_pipeline.io.importers.alto import ALTO
 from htr_pipeline.io.importers.page import PAGE
 from htr_pipeline.io.importers.xml import PageFormat, page_id_of, read_bytes, root_tag, xml_files
-from htr_pipeline.io.manifest import id_prefixes, image_roots
+from htr_pipeline.io.manifest import id_prefixes, image_roots, source_paths
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("page", "alto", "text", "tsv", "hocr")
+_PROBLEMS_NAMED = 5
 _EDITORS = {"page": (PAGE, edit_page), "alto": (ALTO, edit_alto)}
 
 
@@ -39,26 +40,28 @@ def export_lines(
 
     Every page has a file of its name below `folder`, in PAGE and ALTO that of the file which it came from; TSV is one
     file, lines.tsv. Files of an earlier export are replaced, each in one step. The lines of a page stand in the
-    manifest's order, which is the reading order.
+    manifest's order, which is the reading order. A page that cannot be written does not keep the others from it.
 
     Args:
         format: one of FORMATS; page and alto need lines that came from files of that format.
         manifest: table of MANIFEST.
         predictions: table of PREDICTIONS, of which line_id, split, decoder, hypothesis and confidence are looked at.
+            A line without a confidence was not read: in PAGE and ALTO it stays as it is, elsewhere it has this text.
         folder: where to; it may not lie in the folder of a source.
         decoder: whose readings, of several.
         split: validation or test; None for every line that was read.
 
     Raises:
-        UserError: nothing to export, a file that the lines came from is gone or has changed, or the folder is a source.
+        UserError: nothing to export, a file that the lines came from is gone or has changed, two pages would have one
+            file, or the folder is a source.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
     lines = _join(manifest, predictions, decoder, split)
-    roots, prefixes = image_roots(manifest), id_prefixes(manifest)
+    roots, prefixes, protected = image_roots(manifest), id_prefixes(manifest), protected_folders(manifest)
     if format == "tsv":
-        rows = ((line["line_id"], line["text"], f"{line['confidence']:.4f}") for line in lines)
-        return [_write(folder / "lines.tsv", to_tsv(("line_id", "text", "confidence"), rows), roots)]
+        rows = ((line["line_id"], line["text"], _shown(line["confidence"])) for line in lines)
+        return [_write(folder / "lines.tsv", to_tsv(("line_id", "text", "confidence"), rows), protected)]
     if format in _EDITORS:
         lines = of_format(lines, format)
     pages: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -66,29 +69,41 @@ def export_lines(
         pages.setdefault((line["source"], line["page_id"]), []).append(line)
     files: dict[str, dict[str, str]] = {}
     written: dict[Path, str] = {}
+    problems = []
     for (source, page_id), page_lines in pages.items():
         root, name = roots[source], page_id
-        if format in _EDITORS:
-            if source not in files:
-                files[source] = _page_files(root, _EDITORS[format][0])
-            prefix = prefixes.get(source, "")
-            plain_id = page_id.removeprefix(prefix)
-            if plain_id not in files[source]:
-                raise UserError(f"page {plain_id!r}: {root} has no {format.upper()} file of it any more.")
-            new_texts = {
-                line["line_id"].removeprefix(f"{page_id}/"): NewText(line["text"], line["confidence"])
-                for line in page_lines
-            }
-            name = prefix + files[source][plain_id]
-            content = _edit(root / files[source][plain_id], root, _EDITORS[format][1], new_texts)
-        elif format == "hocr":
-            content = to_hocr(page_id, page_lines, root)
+        try:
+            if format in _EDITORS:
+                if source not in files:
+                    files[source] = _page_files(root, _EDITORS[format][0])
+                prefix = prefixes.get(source, "")
+                plain_id = page_id.removeprefix(prefix)
+                if plain_id not in files[source]:
+                    raise UserError(f"page {plain_id!r}: {root} has no {format.upper()} file of it any more.")
+                new_texts = {
+                    line["line_id"].removeprefix(f"{page_id}/"): NewText(line["text"], line["confidence"])
+                    for line in page_lines
+                    if line["confidence"] is not None
+                }
+                name = prefix + files[source][plain_id]
+                content = _edit(root / files[source][plain_id], root, _EDITORS[format][1], new_texts)
+            elif format == "hocr":
+                content = to_hocr(page_id, page_lines, root)
+            else:
+                content = "".join(f"{line['text']}\n" for line in page_lines).encode()
+            path = _output_path(folder, name, {"hocr": ".hocr", "text": ".txt"}.get(format, ""))
+            if path in written:
+                raise UserError(
+                    f"The pages {written[path]!r} and {page_id!r} would both be {path}. Rename one of them."
+                )
+        except UserError as exc:
+            problems.append(str(exc))
         else:
-            content = "".join(f"{line['text']}\n" for line in page_lines).encode()
-        path = _output_path(folder, name, {"hocr": ".hocr", "text": ".txt"}.get(format, ""))
-        if path in written:
-            raise UserError(f"The pages {written[path]!r} and {page_id!r} would both be {path}. Rename one of them.")
-        written[_write(path, content, roots)] = page_id
+            written[_write(path, content, protected)] = page_id
+    if problems:
+        more = f"\nAnd {len(problems) - _PROBLEMS_NAMED} more." if len(problems) > _PROBLEMS_NAMED else ""
+        others = f"\nThe others are written all the same: {len(written)} in {folder}." if written else ""
+        raise UserError("\n".join(problems[:_PROBLEMS_NAMED]) + more + others)
     return list(written)
 
 
@@ -99,7 +114,10 @@ def _join(manifest: pa.Table, predictions: pa.Table, decoder: str, split: str | 
     if decoder not in decoders:
         raise UserError(f"decoder {decoder!r}: there are no readings of it. Those there are: {', '.join(decoders)}.")
     read = {
-        row["line_id"]: {"text": row["hypothesis"], "confidence": min(max(row["confidence"], 0.0), 1.0)}
+        row["line_id"]: {
+            "text": row["hypothesis"],
+            "confidence": None if row["confidence"] is None else min(max(row["confidence"], 0.0), 1.0),
+        }
         for row in columns
         if row["decoder"] == decoder and split in (None, row["split"])
     }
@@ -161,15 +179,39 @@ def _output_path(folder: Path, page_id: str, suffix: str) -> Path:
     return folder.joinpath(*(name if name.strip(". ") else "_" for name in names[:-1]), f"{names[-1] or '_'}{suffix}")
 
 
-def check_output(path: Path, roots: Mapping[str, Path]) -> None:
-    """Raises UserError where the path lies in the folder of a source."""
-    for root in roots.values():
-        if path.resolve().is_relative_to(root.resolve()):
-            raise UserError(f"{path} would lie in {root}, which is a source. Export to a folder outside of it.")
+def protected_folders(manifest: pa.Table) -> list[tuple[Path, set[str] | None]]:
+    """Folders that nothing may be written into, each with those of its subfolders of which that is true; None: of all.
+
+    Beside a source that is a single file, a table in one's working folder for instance, other folders may lie.
+    """
+    paths = source_paths(manifest)
+    protected: list[tuple[Path, set[str] | None]] = []
+    for source, root in image_roots(manifest).items():
+        path = paths.get(source, root)
+        folder = path.parent if path.is_file() else path
+        rows = zip(manifest["source"].to_pylist(), manifest["image_path"].to_pylist(), strict=True)
+        subfolders = {str(image).partition("/")[0] for name, image in rows if name == source and "/" in str(image)}
+        protected.append((folder.resolve(), subfolders if path.is_file() else None))
+        if root.resolve() != folder.resolve():  # images that lay within a table
+            protected.append((root.resolve(), None))
+    return protected
 
 
-def _write(path: Path, content: bytes, roots: Mapping[str, Path]) -> Path:
-    check_output(path, roots)
+def check_output(path: Path, protected: Iterable[tuple[Path, set[str] | None]]) -> None:
+    """Raises UserError where a file of that path would lie in one of protected_folders."""
+    for folder, subfolders in protected:
+        place = path.resolve()
+        inner = place.relative_to(folder).parts[:-1] if place.is_relative_to(folder) else None
+        if inner is not None and (subfolders is None or not inner or inner[0] in subfolders):
+            raise UserError(f"{path} would lie in {folder}, which is a source. Export to a folder outside of it.")
+
+
+def _shown(confidence: float | None) -> str:
+    return "" if confidence is None else f"{confidence:.4f}"
+
+
+def _write(path: Path, content: bytes, protected: Iterable[tuple[Path, set[str] | None]]) -> Path:
+    check_output(path, protected)
     try:
         with replacing(path) as partial:
             partial.write_bytes(content)

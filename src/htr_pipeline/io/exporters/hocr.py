@@ -35,7 +35,7 @@ def to_hocr(page_id: str, lines: list[dict[str, Any]], root: Path) -> bytes:
 
     Args:
         page_id: its title.
-        lines: rows of the manifest with `text` and `confidence`.
+        lines: rows of the manifest with `text` and `confidence`, which may be None.
         root: folder that their image paths are relative to.
 
     Raises:
@@ -55,11 +55,11 @@ def to_hocr(page_id: str, lines: list[dict[str, Any]], root: Path) -> bytes:
         for line in image_lines:
             number += 1
             box = _box(line["polygon"]) if on_page else (0, 0, width, height)
-            confidence = f"x_wconf {round(100 * line['confidence'])}"
-            parts.append(f'   <span class="ocr_line" id="line_{number}" title="bbox {_words(box)}; {confidence}">')
+            confidence = "" if line["confidence"] is None else f"; x_wconf {round(100 * line['confidence'])}"
+            parts.append(f'   <span class="ocr_line" id="line_{number}" title="bbox {_words(box)}{confidence}">')
             parts.append(
                 " ".join(
-                    f'<span class="ocrx_word" id="word_{number}_{position}" title="bbox {_words(part)}; {confidence}">'
+                    f'<span class="ocrx_word" id="word_{number}_{position}" title="bbox {_words(part)}{confidence}">'
                     f"{markup(word)}</span>"
                     for position, (word, part) in enumerate(_word_boxes(line["text"], box), start=1)
                 )

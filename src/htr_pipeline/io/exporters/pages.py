@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.exporters.xml_edit import Element, XmlFile, markup, quote
+from htr_pipeline.io.importers.page import main_of
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,11 @@ def _set_text_equiv(xml: XmlFile, element: Element, text: str, confidence: float
     xml.set_text(first.find("Unicode")[0], text)
 
 
-def _text_of(element: Element) -> str:
-    return next((unicode.text for equiv in element.find("TextEquiv") for unicode in equiv.find("Unicode")), "")
+def _text_of(line: Element) -> str:
+    """The text that the importer takes."""
+    equivalents = [equiv for equiv in line.find("TextEquiv") if equiv.find("Unicode")]
+    main = main_of(equivalents, lambda equiv, name: equiv.attributes.get(name))
+    return main.find("Unicode")[0].text if main else ""
 
 
 def _tag(sibling: Element, name: str, attributes: Mapping[str, str], content: str = "") -> str:

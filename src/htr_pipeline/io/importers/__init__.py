@@ -32,7 +32,7 @@ from htr_pipeline.core.image import perceptual_hash, read_image
 from htr_pipeline.core.text import UNICODE_FORMS, normalise_text, visual_text
 from htr_pipeline.io.importers.alto import ALTO
 from htr_pipeline.io.importers.iam import is_iam, read_iam
-from htr_pipeline.io.importers.lines import has_images, has_lines, read_lines
+from htr_pipeline.io.importers.lines import IMAGE_SUFFIXES, has_images, has_lines, read_lines
 from htr_pipeline.io.importers.page import PAGE
 from htr_pipeline.io.importers.table import TABLE_SUFFIXES, find_tables, read_table, unpacked_folder
 from htr_pipeline.io.importers.xml import MAX_DISTORTION, find_roots, has_area
@@ -227,9 +227,10 @@ def _recognise(path: Path, needs_text: bool) -> str:
         for page_format in (PAGE, ALTO):
             if find_roots(path)[page_format.root_tag]:
                 return page_format.name
+        advice = " Give the folder of the image." if path.suffix.lower() in IMAGE_SUFFIXES else ""
         raise UserError(
             f"source.path = {str(path)!r}: expected a folder, a table ({', '.join(TABLE_SUFFIXES)}), a PAGE or ALTO "
-            f"file, got a file ending in {path.suffix!r}."
+            f"file, got a file ending in {path.suffix!r}.{advice}"
         )
     tables = find_tables(path)
     roots = find_roots(path)

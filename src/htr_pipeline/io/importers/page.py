@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from xml.etree.ElementTree import Element
 
 from htr_pipeline.core.config import UserError
@@ -82,13 +83,21 @@ def _text(line: Element) -> str:
 
 def _main_text(element: Element) -> str:
     """Text of the TextEquiv with the lowest index; without an index the one with the highest confidence."""
-    equivalents = element.findall("TextEquiv")
-    if not equivalents:
+    main = main_of(element.findall("TextEquiv"), lambda equiv, name: equiv.get(name))
+    if main is None:
         return ""
-    main = min(equivalents, key=lambda e: (_number(e.get("index")), -(parse_number(e.get("conf")) or 0.0)))
     text = main.find("Unicode")
     text = main.find("PlainText") if text is None else text
     return "".join(text.itertext()) if text is not None else ""
+
+
+def main_of(equivalents: Sequence[Any], attribute: Callable[[Any, str], str | None]) -> Any | None:
+    """Of some TextEquivs the one whose text counts; None of none."""
+
+    def rank(equivalent: Any) -> tuple[float, float]:
+        return _number(attribute(equivalent, "index")), -(parse_number(attribute(equivalent, "conf")) or 0.0)
+
+    return min(equivalents, key=rank, default=None)
 
 
 def _number(value: str | None) -> float:

@@ -48,6 +48,7 @@ def import_sources(
     warnings: list[str] = []
     roots: dict[str, str] = {}
     prefixes: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for name, config in sources.resolve(source).items():
         # Two sources may have a writer "w1". The split is found by the plain name, so that a source which others join
         # keeps its splits.
@@ -69,8 +70,10 @@ def import_sources(
         rejected.append(pa.table(_with_prefix(rejections, prefix, ("line_id", "file")), REJECTED_LINES))
         roots[source_name] = str(source_root(config.path, config.format, config))
         prefixes[source_name] = prefix
+        paths[source_name] = config.path
         warnings += [label + note for note in notes]
-    metadata = {"image_roots": json.dumps(roots), "id_prefixes": json.dumps(prefixes)}
+    by_source = {"image_roots": roots, "id_prefixes": prefixes, "source_paths": paths}
+    metadata = {entry: json.dumps(values) for entry, values in by_source.items()}
     imported = pa.concat_tables(lines)
     if "validation" not in pc.unique(imported["split"]).to_pylist():
         splits, notes = with_validation(
