@@ -249,8 +249,7 @@ def test_a_size_of_batches_never_changes_their_number():
             assert math.ceil(num_lines / size) == math.ceil(num_lines / batch_size)
 
 
-def test_the_network_to_start_from_is_kept_where_no_epoch_is_better():
-    learnt = run(config=dataclasses.replace(CONFIG, epochs=25, learning_rate=5e-3, checkpoint_seconds=60.0), lines=160)
+def test_the_network_to_start_from_is_kept_where_no_epoch_is_better(learnt):
     weights, progress = learnt.model.get_weights(), Silent()
     spoilt = dataclasses.replace(CONFIG, epochs=1, learning_rate=0.5, start_from="learnt")
     kept = run(model=learnt.model, config=spoilt, progress=progress)
@@ -500,7 +499,7 @@ def test_a_batch_in_which_a_single_line_does_not_fit_names_it():
 
 def test_a_batch_with_one_image_of_two_texts_names_both():
     lines = [drawn(index) for index in range(4)]
-    passed, sentence = check([*lines, lines[0]._replace(line_id="twin", text="9999")], max_seconds=25.0)
+    passed, sentence = check([*lines, lines[0]._replace(line_id="twin", text="9999")], max_seconds=15.0)
     assert not passed
     assert "Look whether their images show their texts, and whether two have one image; read worst: '" in sentence
     assert "'line-0'" in sentence or "'twin'" in sentence
