@@ -16,12 +16,15 @@ from kedro import KedroDeprecationWarning
 from kedro.config import MissingConfigException
 from kedro.framework.cli.project import run as kedro_run
 from kedro.framework.cli.utils import _split_params
+from kedro.framework.context import KedroContext
 from kedro.validation.exceptions import ParameterValidationError
 
 from htr_pipeline.core.config import UserError
+from htr_pipeline.core.recipe import DECODERS
 from htr_pipeline.hooks import tracking_uri
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORMATS = click.Choice(("page", "alto", "text", "tsv", "hocr"))  # io.exporters.FORMATS, which takes a while to import
 # How Kedro's ValueErrors begin about a pipeline, nodes and tags that there are not.
 _MISTYPED = ("Failed to find the pipeline", "Pipeline does not contain", "Pipeline contains no nodes")
 
@@ -79,9 +82,7 @@ cli.add_command(run)
 
 
 @cli.command("export")
-@click.option(
-    "--format", required=True, type=click.Choice(("page", "alto", "text", "tsv", "hocr")), help="What to write."
-)
+@click.option("--format", required=True, type=_FORMATS, help="What to write.")
 @click.option("--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to write to.")
 @click.option(
     "--decoder", help="Which decoder's readings: greedy, beam or beam_lm (default: decoding.decoder of the run)."
@@ -90,13 +91,10 @@ cli.add_command(run)
 @click.option("--env", "-e", help="Kedro environment, as for run.")
 def export(format: str, output: Path, decoder: str | None, split: str | None, env: str | None) -> None:
     """Write what was read: into copies of the PAGE or ALTO files, or as text, TSV or hOCR."""
-    from kedro.framework.session import KedroSession
-
     from htr_pipeline.io.exporters import export_lines
 
     with errors_in_words():
-        with KedroSession.create(env=env) as session:
-            context = session.load_context()
+        context = _load_context(env)
         catalog, output = context.catalog, output.resolve()
         os.chdir(context.project_path)  # which paths of sources mean
         tables = catalog.load("manifest"), catalog.load("predictions")
@@ -110,11 +108,11 @@ def export(format: str, output: Path, decoder: str | None, split: str | None, en
 @click.option("--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to write to.")
 @click.option(
     "--format",
-    type=click.Choice(("page", "alto", "text", "tsv", "hocr")),
+    type=_FORMATS,
     help="What to write; default: as the source has it, page or alto, tsv for anything else.",
 )
 @click.option("--model", help="models:/NAME@ALIAS, models:/NAME/VERSION, a folder or starter; default: the champion.")
-@click.option("--decoder", type=click.Choice(("greedy", "beam", "beam_lm")), help="Default: that of the model.")
+@click.option("--decoder", type=click.Choice(DECODERS), help="Default: that of the model.")
 @click.option("--looks", type=click.Choice(("1", "3")), help="At a line: 1 is faster; default: those of the model.")
 @click.option("--only-empty", is_flag=True, help="Leave lines alone that have a text already.")
 @click.option("--env", "-e", help="Kedro environment, as for run.")
@@ -133,8 +131,6 @@ def transcribe(
     params: dict[str, Any],
 ) -> None:
     """Read new lines: PATH has PAGE or ALTO files with page images, line images, or a table of them."""
-    from kedro.framework.session import KedroSession
-
     from htr_pipeline.io.importers import NewLinesConfig
     from htr_pipeline.io.starting_point import STARTER, StartingPoint
     from htr_pipeline.transcription import REJECTED, transcribe
@@ -145,13 +141,19 @@ def transcribe(
             wrong = ", ".join(params) or f"source={settings}"
             raise UserError(f"--params {wrong}: only settings of source count here, as source.id_column=id.")
         source, output = NewLinesConfig(**{"path": str(path.absolute()), **settings}), output.absolute()
-        with KedroSession.create(env=env) as session:
-            context = session.load_context()
+        context = _load_context(env)
         registration = context.params["registration"]
         if model is None:
             model = f"models:/{registration.model_name}@{registration.alias}"
         if model.startswith("models:"):
-            _use_mlflow(context)
+            uri = _use_mlflow(context)
+            if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+                raise UserError(  # MLflow would make a database
+                    f"{uri}: no model has been registered there. `kedro run` trains and registers one; --model starter "
+                    "reads with the network that the package brings along."
+                )
+            # Of a server that does not answer one wants to know now; MLflow would try for minutes.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         elif model != STARTER and Path(model).is_dir():
             model = str(Path(model).absolute())
         start = StartingPoint.find(model, "--model")
@@ -178,19 +180,20 @@ def transcribe(
         click.echo(f"{done.num_rejected} lines could not be read: {output / REJECTED} says why.")
 
 
-def _use_mlflow(context: Any) -> None:
-    """Sets the project's MLflow, from which a model is to be loaded; a database is not made for that."""
+def _load_context(env: str | None, params: dict[str, Any] | None = None) -> KedroContext:
+    from kedro.framework.session import KedroSession
+
+    with KedroSession.create(env=env, runtime_params=params) as session:
+        return session.load_context()
+
+
+def _use_mlflow(context: KedroContext) -> str:
+    """Sets the project's MLflow, from which a model is to be loaded; returns where that is."""
     import mlflow
 
     uri = tracking_uri(context.project_path, context.config_loader["mlflow"])
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise UserError(
-            f"{uri}: no model has been registered there. `kedro run` trains and registers one; --model starter reads "
-            "with the network that the package brings along."
-        )
     mlflow.set_tracking_uri(uri)
-    # Of a server that does not answer one wants to know now; MLflow would try for minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    return uri
 
 
 @cli.command("check-batch")
@@ -199,19 +202,14 @@ def _use_mlflow(context: Any) -> None:
 @click.option("--params", default="", help="Settings, as for run.", callback=_split_params)
 def check_batch(seconds: float, env: str | None, params: dict[str, Any]) -> None:
     """Learn one batch by heart: do data, charset, lengths and loss fit together? Exit code 1 if not."""
-    from kedro.framework.session import KedroSession
-
     from htr_pipeline.pipelines.training.nodes import check_training_batch
 
     with errors_in_words():
-        with KedroSession.create(env=env, runtime_params=params) as session:
-            context = session.load_context()
-            settings, catalog = context.params, context.catalog
+        context = _load_context(env, params)
+        settings, catalog = context.params, context.catalog
         os.chdir(context.project_path)  # which paths among the settings mean
         if str(settings["training"].start_from).startswith("models:"):
-            import mlflow
-
-            mlflow.set_tracking_uri(tracking_uri(context.project_path, context.config_loader["mlflow"]))
+            _use_mlflow(context)
         passed, sentence = check_training_batch(
             catalog.load("features"),
             catalog.load("feature_stats"),

@@ -5,7 +5,7 @@ import json
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -18,9 +18,16 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.io.atomic import replacing
 from htr_pipeline.io.checkpoints import DAMAGED_ARCHIVE
-from htr_pipeline.io.exporters import check_output, export_lines, of_format, protected_folders, to_tsv
+from htr_pipeline.io.exporters import (
+    ProtectedFolders,
+    check_output,
+    export_lines,
+    of_format,
+    protected_folders,
+    to_tsv,
+    write_output,
+)
 from htr_pipeline.io.features import line_images
 from htr_pipeline.io.importers import NewLinesConfig, import_lines, source_root
 from htr_pipeline.io.importers.lines import visible_files
@@ -95,7 +102,8 @@ def transcribe(
     # Whether a line is of the training or the test of others does not matter.
     source = replace(source, split="by_writer")
     lines, rejected = import_lines(source.path, source.format, source)
-    rows = [row for row in lines.to_pylist() if not (only_empty and row["text"])]
+    every = lines.to_pylist()
+    rows = [row for row in every if not (only_empty and row["text"])]
     if not rows:
         raise UserError(_nothing_to_read(source.path, len(lines), rejected))
     source_format = rows[0]["format"]
@@ -103,32 +111,32 @@ def transcribe(
     entries = {"image_roots": roots, "source_paths": dict.fromkeys(roots, source.path)}
     lines = lines.replace_schema_metadata({name: json.dumps(values, default=str) for name, values in entries.items()})
     format = format or (source_format if source_format in _LAYOUTS else "tsv")
-    check_output(output / REJECTED, protected_folders(lines))
+    protected = protected_folders(lines)
+    check_output(output / REJECTED, protected)
     if format in _LAYOUTS:
         of_format(rows, format)  # raises now, not when all has been read
     _warn_of_pages(rows)
     _warn_of_other_images(Path(source.path))
-    _write_rejected(output / REJECTED, rejected)
+    _write_rejected(output / REJECTED, rejected, protected)
 
-    reader = _load(model)
+    files = model.files()
+    reader = _load(model, files)
     decoding = reader.decoding(decoder=decoder, looks=looks)
-    hashes = [row["content_hash"] for row in rows]
-    with _Readings(store, _reading_hash(model.files().values(), asdict(decoding))) as readings:
+    hashes = {row["content_hash"] for row in rows}
+    with _Readings(store, _reading_hash(files.values(), asdict(decoding))) as readings:
         known = readings.find(hashes)
-        new = iter({row["content_hash"]: row for row in rows if row["content_hash"] not in known}.values())
-        num_known = sum(content_hash in known for content_hash in hashes)
-        with tqdm(total=len(rows), initial=num_known, desc="Reading lines", unit="line") as bar:
-            while some := list(islice(new, _LINES_AT_A_TIME)):
-                read = reader.read((grey for _, grey in line_images(some, roots)), decoding)
-                readings.add(_without_errors(some, read))
+        num_known = sum(row["content_hash"] in known for row in rows)
+        new = {row["content_hash"]: row for row in rows if row["content_hash"] not in known}
+        left = iter(new.values())
+        with tqdm(total=len(known) + len(new), initial=len(known), desc="Reading lines", unit="line") as bar:
+            while some := list(islice(left, _LINES_AT_A_TIME)):
+                answers = reader.read((grey for _, grey in line_images(some, roots)), decoding)
+                readings.add(_without_errors(some, answers))
                 bar.update(len(some))
         known = readings.find(hashes)
 
     read = {row["line_id"]: known[row["content_hash"]] for row in rows}
-    readings_or_texts = [
-        read.get(line_id, (text, None))
-        for line_id, text in zip(lines["line_id"].to_pylist(), lines["text"].to_pylist(), strict=True)
-    ]
+    readings_or_texts = [read.get(row["line_id"], (row["text"], None)) for row in every]
     predictions = pa.table(
         {
             "line_id": lines["line_id"],
@@ -138,9 +146,9 @@ def transcribe(
             "confidence": [confidence for _, confidence in readings_or_texts],
         }
     )
-    files = export_lines(format, lines, predictions, output, decoder=decoding.decoder)
+    written = export_lines(format, lines, predictions, output, decoder=decoding.decoder)
     return Transcription(
-        files,
+        written,
         decoding.decoder,
         num_lines=len(rows),
         num_known=num_known,
@@ -151,7 +159,7 @@ def transcribe(
     )
 
 
-def _load(model: StartingPoint) -> "LineReader":
+def _load(model: StartingPoint, files: Mapping[str, Path]) -> "LineReader":
     """The model, ready to read.
 
     Raises:
@@ -160,10 +168,10 @@ def _load(model: StartingPoint) -> "LineReader":
     from htr_pipeline.mlflow_model import LineReader
 
     try:
-        return LineReader().load(model.files(), model.model())
+        return LineReader().load(files, model.model())
     except UserError:
         raise
-    except (*DAMAGED_ARCHIVE, TypeError) as exc:
+    except DAMAGED_ARCHIVE as exc:
         raise UserError(f"{model.name}: the model cannot be loaded ({exc!r}). Copy or register it again.") from exc
 
 
@@ -204,9 +212,8 @@ class _Readings:
                 "damaged, remove it: everything is read anew."
             ) from exc
 
-    def find(self, content_hashes: Iterable[str]) -> dict[str, tuple[str, float]]:
+    def find(self, wanted: Collection[str]) -> dict[str, tuple[str, float]]:
         """Text and confidence of those of the lines that were read, by content hash."""
-        wanted = set(content_hashes)
         query = "SELECT content_hash, text, confidence FROM readings WHERE reader = ?"
         with self._errors_in_words():
             rows = self._database.execute(query, [self._reader])
@@ -263,15 +270,14 @@ def _warn_of_other_images(path: Path) -> None:
         )  # fmt: skip
 
 
-def _write_rejected(path: Path, rejected: pa.Table) -> None:
+def _write_rejected(path: Path, rejected: pa.Table, protected: ProtectedFolders) -> None:
     """A table of the lines that were left out; none where there are none."""
-    header = to_tsv(_REJECTED_COLUMNS, [])
+    if len(rejected):
+        rows = [[row[name] or "" for name in _REJECTED_COLUMNS] for row in rejected.to_pylist()]
+        write_output(path, to_tsv(_REJECTED_COLUMNS, rows), protected)
+        return
     try:
-        if len(rejected):
-            rows = [[row[name] or "" for name in _REJECTED_COLUMNS] for row in rejected.to_pylist()]
-            with replacing(path) as partial:
-                partial.write_bytes(to_tsv(_REJECTED_COLUMNS, rows))
-        elif path.exists() and path.read_bytes().startswith(header):  # of an earlier command
+        if path.exists() and path.read_bytes().startswith(to_tsv(_REJECTED_COLUMNS, [])):  # of an earlier command
             path.unlink()
     except OSError as exc:
         raise UserError(f"{path}: it cannot be written ({exc.strerror}).") from exc

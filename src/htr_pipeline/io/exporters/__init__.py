@@ -22,6 +22,8 @@ from htr_pipeline.io.manifest import id_prefixes, image_roots, source_paths
 
 logger = logging.getLogger(__name__)
 
+# Folders, resolved, and their subfolders: of protected_folders.
+ProtectedFolders = list[tuple[Path, set[str] | None]]
 FORMATS = ("page", "alto", "text", "tsv", "hocr")
 _PROBLEMS_NAMED = 5
 _EDITORS = {"page": (PAGE, edit_page), "alto": (ALTO, edit_alto)}
@@ -61,7 +63,7 @@ def export_lines(
     roots, prefixes, protected = image_roots(manifest), id_prefixes(manifest), protected_folders(manifest)
     if format == "tsv":
         rows = ((line["line_id"], line["text"], _shown(line["confidence"])) for line in lines)
-        return [_write(folder / "lines.tsv", to_tsv(("line_id", "text", "confidence"), rows), protected)]
+        return [write_output(folder / "lines.tsv", to_tsv(("line_id", "text", "confidence"), rows), protected)]
     if format in _EDITORS:
         lines = of_format(lines, format)
     pages: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -99,7 +101,7 @@ def export_lines(
         except UserError as exc:
             problems.append(str(exc))
         else:
-            written[_write(path, content, protected)] = page_id
+            written[write_output(path, content, protected)] = page_id
     if problems:
         more = f"\nAnd {len(problems) - _PROBLEMS_NAMED} more." if len(problems) > _PROBLEMS_NAMED else ""
         others = f"\nThe others are written all the same: {len(written)} in {folder}." if written else ""
@@ -179,28 +181,30 @@ def _output_path(folder: Path, page_id: str, suffix: str) -> Path:
     return folder.joinpath(*(name if name.strip(". ") else "_" for name in names[:-1]), f"{names[-1] or '_'}{suffix}")
 
 
-def protected_folders(manifest: pa.Table) -> list[tuple[Path, set[str] | None]]:
+def protected_folders(manifest: pa.Table) -> ProtectedFolders:
     """Folders that nothing may be written into, each with those of its subfolders of which that is true; None: of all.
 
     Beside a source that is a single file, a table in one's working folder for instance, other folders may lie.
     """
     paths = source_paths(manifest)
-    protected: list[tuple[Path, set[str] | None]] = []
+    protected: ProtectedFolders = []
     for source, root in image_roots(manifest).items():
         path = paths.get(source, root)
-        folder = path.parent if path.is_file() else path
-        rows = zip(manifest["source"].to_pylist(), manifest["image_path"].to_pylist(), strict=True)
-        subfolders = {str(image).partition("/")[0] for name, image in rows if name == source and "/" in str(image)}
-        protected.append((folder.resolve(), subfolders if path.is_file() else None))
+        folder, subfolders = path, None
+        if path.is_file():
+            rows = zip(manifest["source"].to_pylist(), manifest["image_path"].to_pylist(), strict=True)
+            folder = path.parent
+            subfolders = {str(image).partition("/")[0] for name, image in rows if name == source and "/" in str(image)}
+        protected.append((folder.resolve(), subfolders))
         if root.resolve() != folder.resolve():  # images that lay within a table
             protected.append((root.resolve(), None))
     return protected
 
 
-def check_output(path: Path, protected: Iterable[tuple[Path, set[str] | None]]) -> None:
+def check_output(path: Path, protected: ProtectedFolders) -> None:
     """Raises UserError where a file of that path would lie in one of protected_folders."""
+    place = path.resolve()
     for folder, subfolders in protected:
-        place = path.resolve()
         inner = place.relative_to(folder).parts[:-1] if place.is_relative_to(folder) else None
         if inner is not None and (subfolders is None or not inner or inner[0] in subfolders):
             raise UserError(f"{path} would lie in {folder}, which is a source. Export to a folder outside of it.")
@@ -210,7 +214,8 @@ def _shown(confidence: float | None) -> str:
     return "" if confidence is None else f"{confidence:.4f}"
 
 
-def _write(path: Path, content: bytes, protected: Iterable[tuple[Path, set[str] | None]]) -> Path:
+def write_output(path: Path, content: bytes, protected: ProtectedFolders) -> Path:
+    """Writes a file in one step, if it may lie there; returns its path."""
     check_output(path, protected)
     try:
         with replacing(path) as partial:
