@@ -767,7 +767,7 @@ def kedro_transcribe(project, *arguments):
 def test_new_lines_are_read_by_the_champion_as_the_evaluation_reads_them(toy, tmp_path):
     done = kedro_transcribe(toy.project, "data/01_raw/demo", "--output", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    assert re.search(r"56 lines read by models:/htr/\d+ \(beam_lm\)\.", done.stdout)
+    assert re.search(r"Lines read by models:/htr/\d+ \(beam_lm\): 56\.", done.stdout)
     read = pd.read_csv(tmp_path / "out/lines.tsv", sep="\t", quoting=3, keep_default_na=False, index_col="line_id")
     predictions = pd.read_parquet(catalog(toy.project)["predictions"])
     expected = predictions[predictions["decoder"] == "beam_lm"].set_index("line_id")["hypothesis"]

@@ -138,6 +138,19 @@ def test_images_alone_give_a_table_and_nothing_is_read_twice(lines, starter, tmp
     assert run(lines, tmp_path / "looks", starter, looks=1).num_known == 0
 
 
+def test_one_image_is_a_source_of_one_line(lines, starter, tmp_path):
+    image = lines / "line_1.png"
+    done = run(image, tmp_path / "out", starter)
+    table = pd.read_csv(tmp_path / "out/lines.tsv", sep="\t")
+    assert (done.num_lines, table["line_id"].tolist()) == (1, ["line_1"])
+    assert score_lines(TEXTS[1:2], table["text"].tolist()).cer < 0.2
+    (lines / "line_1.gt.txt").write_text("as a human wrote", encoding="utf-8")
+    with pytest.raises(UserError, match="no line is without a text"):
+        run(image, tmp_path / "out", starter, only_empty=True)
+    with pytest.raises(UserError, match="Export to a folder outside"):
+        run(image, lines, starter)
+
+
 def test_table_needs_no_column_of_texts(lines, starter, tmp_path):
     table = pd.DataFrame({"image": [f"line_{number}.png" for number in range(4)], "text": ["known", None, "", None]})
     table[["image"]].to_csv(lines / "without.csv", index=False)
@@ -251,7 +264,7 @@ def test_what_cannot_be_is_said_before_anything_is_read(lines, page, starter, tm
 def test_all_transcribed_is_said(lines, starter, tmp_path):
     for number, text in enumerate(TEXTS):
         (lines / f"line_{number}.gt.txt").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"all of its 4 lines have a text\. Without --only-empty"):
+    with pytest.raises(UserError, match=r"no line is without a text \(with one: 4\)\. Without --only-empty"):
         run(lines, tmp_path / "out", starter, only_empty=True)
 
 

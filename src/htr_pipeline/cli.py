@@ -130,7 +130,11 @@ def transcribe(
     env: str | None,
     params: dict[str, Any],
 ) -> None:
-    """Read new lines: PATH has PAGE or ALTO files with page images, line images, or a table of them."""
+    """Read new lines.
+
+    PATH is a folder of PAGE or ALTO files with their page images, or of line images; one such file; or a table of line
+    images.
+    """
     from htr_pipeline.io.importers import NewLinesConfig
     from htr_pipeline.io.starting_point import STARTER, StartingPoint
     from htr_pipeline.transcription import REJECTED, transcribe
@@ -170,14 +174,14 @@ def transcribe(
         )
     before = f", {done.num_known} of them before" if done.num_known else ""
     right = "" if done.num_right is None else f" About {done.num_right:.0f} of them should be without an error."
-    click.echo(f"{done.num_lines} lines read by {start.name} ({done.decoder}){before}.{right}")
+    click.echo(f"Lines read by {start.name} ({done.decoder}): {done.num_lines}{before}.{right}")
     if done.num_empty:
         click.echo(f"On {done.num_empty} of them nothing was found: they are empty, or not lines of writing.")
     if done.num_kept:
-        click.echo(f"{done.num_kept} lines have a text and were left as they are.")
+        click.echo(f"Lines that have a text, left as they are: {done.num_kept}.")
     click.echo(f"Files in {output}: {len(done.files)}, for instance {done.files[0]}")
     if done.num_rejected:
-        click.echo(f"{done.num_rejected} lines could not be read: {output / REJECTED} says why.")
+        click.echo(f"Lines that could not be read: {done.num_rejected}; {output / REJECTED} says why.")
 
 
 def _load_context(env: str | None, params: dict[str, Any] | None = None) -> KedroContext:

@@ -244,7 +244,10 @@ def _reading_hash(files: Iterable[Path], decoding: dict[str, Any]) -> str:
 
 def _nothing_to_read(path: str, num_found: int, rejected: pa.Table) -> str:
     if num_found:
-        return f"{path}: all of its {num_found} lines have a text. Without --only-empty they are read all the same."
+        return (
+            f"{path}: no line is without a text (with one: {num_found}). Without --only-empty they are read all the "
+            "same."
+        )
     reasons = Counter(rejected["reason"].to_pylist())
     words = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     return f"{path}: none of its lines can be read ({words}), for instance: {rejected['detail'][0]}"

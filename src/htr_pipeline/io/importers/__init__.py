@@ -150,7 +150,7 @@ def import_lines(
     """Every line of a source, with its image decoded once to prove that it can be.
 
     Args:
-        path: a folder, or a table's file.
+        path: a folder, or a file: a table, a PAGE or ALTO file or, of NewLinesConfig, an image.
         format: a key of READERS, or "auto", which looks at what is there.
         config: columns, writer and split rule, Unicode form; its own path and format are not looked at. Of
             NewLinesConfig, lines without a text are not rejected.
@@ -224,10 +224,13 @@ def _recognise(path: Path, needs_text: bool) -> str:
     if path.is_file():
         if path.suffix.lower() in TABLE_SUFFIXES:
             return "table"
+        is_image = path.suffix.lower() in IMAGE_SUFFIXES
+        if is_image and not needs_text:
+            return "lines"
         for page_format in (PAGE, ALTO):
             if find_roots(path)[page_format.root_tag]:
                 return page_format.name
-        advice = " Give the folder of the image." if path.suffix.lower() in IMAGE_SUFFIXES else ""
+        advice = " Give the folder of the image." if is_image else ""
         raise UserError(
             f"source.path = {str(path)!r}: expected a folder, a table ({', '.join(TABLE_SUFFIXES)}), a PAGE or ALTO "
             f"file, got a file ending in {path.suffix!r}.{advice}"

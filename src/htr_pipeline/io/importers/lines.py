@@ -25,15 +25,19 @@ def read_lines(path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
     named like splits (train/, val/, test/) they are the splits, and the folder below is the writer.
 
     Args:
-        path: the folder.
-        config: not used; the writer rule applies to every format.
+        path: the folder; or an image, where lines need no text.
+        config: says whether they do; the writer rule applies to every format.
 
     Raises:
-        UserError: the path is not a folder.
+        UserError: the path is a file that cannot be a source.
     """
-    if not path.is_dir():
+    if path.is_dir():
+        files = sorted(visible_files(path))
+    elif config.needs_text or not path.name.lower().endswith(IMAGE_SUFFIXES):
         raise UserError(f"source.path = {str(path)!r}: format 'lines' expected a folder, got a file. Give its folder.")
-    files = sorted(visible_files(path))
+    else:
+        names = (path.name, *(path.stem + suffix for suffix in TEXT_SUFFIXES))
+        path, files = path.parent, [name for name in names if (path.parent / name).exists()]
     images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
     stems = {_composed(_stem(name)) for name in images}
     suffixes = _text_suffixes(files, stems)
