@@ -34,6 +34,7 @@ WORDS = (
     "the quick brown fox jumps over a lazy dog while seven wizards brew strong coffee near an old quiet mill".split()
 )
 VOID = {"meta", "img", "br", "link", "input", "hr"}
+TRAINED = {"model_hash": "2d" * 32, "best_cer": "0.045", "best_epoch": "3", "num_validation_lines": "256"}
 
 
 class FewLines:
@@ -287,7 +288,7 @@ def make_inputs(
     )
     return {
         "metrics": metrics,
-        "history": to_table(history, HISTORY, {"model_hash": "2d" * 32}),
+        "history": to_table(history, HISTORY, TRAINED),
         "predictions": to_table(predictions, PREDICTIONS),
         "rejected_lines": to_table(rejected, REJECTED_LINES),
         "manifest": to_table(lines, MANIFEST),
@@ -603,7 +604,7 @@ def test_one_epoch_and_epochs_that_diverged_are_drawn():
     for name in ("train_loss", "validation_loss"):
         rows[1][name], rows[2][name] = math.nan, math.inf
     for num in (1, 4):
-        html = render(inputs | {"history": to_table(rows[:num], HISTORY)})
+        html = render(inputs | {"history": to_table(rows[:num], HISTORY, TRAINED)})
         assert "nan" not in re.sub(r"[^\w ]", " ", html).lower().split()
         assert html.count('class="chart"') == 7
 
@@ -637,7 +638,7 @@ def test_tables_of_different_runs_are_noticed(inputs):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"history": to_table([], HISTORY, {"model_hash": "ff" * 32})}, "whose training is described below"),
+        ({"history": to_table([], HISTORY, TRAINED | {"model_hash": "ff" * 32})}, "whose training is described below"),
         ({"registration": {"model_hash": "ff" * 32}}, "of another network than htr version 3"),
         ({"manifest": None}, "are not those of the manifest on disk"),
     ],
@@ -659,7 +660,7 @@ def test_writers_that_nobody_knows_are_not_counted():
 
 def test_network_that_no_epoch_has_bettered_is_said_to_be_kept(inputs):
     rows = inputs["history"].to_pylist()
-    metadata = {"model_hash": "2d" * 32, "best_cer": "0.01", "best_epoch": "0", "num_validation_lines": "256"}
+    metadata = TRAINED | {"best_cer": "0.01", "best_epoch": "0"}
     text = Page(render(inputs | {"history": to_table(rows, HISTORY, metadata)})).text_of["training"]
     assert "No epoch was better than the network that training started from, which is kept" in text
     assert "validation CER of 1.00\u202f% (greedy, one look, 256 lines)" in text

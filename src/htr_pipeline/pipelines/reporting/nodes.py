@@ -163,7 +163,7 @@ def _warnings(
             f"The {split} lines are by {len(writers)} writers only: the interval is over lines and says little of "
             "others."
         )
-    if learnt := metrics.get("learnt_lines", {}).get(split):  # tables of before 0.1.0 lack it
+    if learnt := metrics["learnt_lines"][split]:
         warnings.append(
             f"{learnt} of the {len(lines)} {split} lines were training lines of the network that this one started "
             "from: on them the figures say nothing about new lines."
@@ -180,8 +180,7 @@ def _warnings(
             "The lines that were read are not those of the manifest on disk, from which the numbers of lines below "
             "are: run `kedro run --from-nodes extract_features` to bring all up to date."
         )
-    trained = (history.schema.metadata or {}).get(b"model_hash", b"").decode()
-    if trained != metrics["model_hash"]:
+    if history.schema.metadata[b"model_hash"].decode() != metrics["model_hash"]:
         warnings.append(
             "The figures are of another network than the one whose training is described below, which was trained "
             "since: run `kedro run --from-nodes read_lines` to measure that one."
@@ -238,10 +237,8 @@ def _describe_training(history: pa.Table) -> dict[str, Any] | None:
     if not rows:
         return None
     seconds = rows[-1]["elapsed_seconds"]
-    best = min(rows, key=lambda row: (not math.isfinite(row["validation_cer"]), row["validation_cer"]))
-    metadata = history.schema.metadata or {}
-    best_epoch = int(metadata.get(b"best_epoch", best["epoch"]))
-    best_cer = float(metadata.get(b"best_cer", best["validation_cer"]))
+    metadata = history.schema.metadata
+    best_epoch = int(metadata[b"best_epoch"])
     return {
         "num_epochs": len(rows),
         "num_steps": rows[-1]["step"],
@@ -249,9 +246,9 @@ def _describe_training(history: pa.Table) -> dict[str, Any] | None:
         "lines_per_second": float(np.median([row["lines_per_second"] for row in rows])),
         "wait_share": sum(row["data_wait_seconds"] for row in rows) / max(seconds, 1e-9),
         "best_epoch": best_epoch,
-        "best_cer": best_cer,
+        "best_cer": float(metadata[b"best_cer"]),
         "is_start_kept": best_epoch == 0,
-        "num_validation_lines": int(metadata.get(b"num_validation_lines", 0)),
+        "num_validation_lines": int(metadata[b"num_validation_lines"]),
     }
 
 
