@@ -388,7 +388,7 @@ def with_blanks_as_words(texts, order):
     """A model of words and of the blanks between them, as PyLaia's users make them."""
     spaced = WordNGram.train([re.sub(r"\s+", " <space> ", text.strip()) for text in texts], order)
     arpa = io.StringIO()
-    spaced.to_arpa(arpa)
+    spaced.to_arpa(arpa, space_token="▁")
     return WordNGram.from_arpa(arpa.getvalue().splitlines())
 
 
@@ -732,6 +732,11 @@ def test_widths_of_a_range_of_numpy():
 def test_counts_are_whole_numbers_of_at_least_one(argument, wrong):
     with pytest.raises(ValueError, match=re.escape(f"{argument} = {wrong!r}: expected a whole number of at least 1")):
         beam_search(np.zeros((1, 3, 4)), **{argument: wrong})
+
+
+def test_beam_wider_than_any_memory_is_refused():
+    with pytest.raises(ValueError, match="beam_width = 1000000000: expected at most 1000000"):
+        beam_search(random_log_probs(5, 1, 200, 80), beam_width=10**9)
 
 
 def test_more_paths_wanted_than_any_integer_counts():

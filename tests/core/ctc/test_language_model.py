@@ -218,6 +218,8 @@ def test_nothing_to_train_on_is_refused():
         CharacterNGram.train("abc")
     with pytest.raises(ValueError, match="at least one text"):
         CharacterNGram.train(["a"]).perplexity([])
+    with pytest.raises(ValueError, match="one string"):
+        CharacterNGram.train(["a"]).perplexity("abc")
 
 
 # --- Walking the trie
@@ -472,10 +474,31 @@ def test_blank_of_a_character_model_has_a_name_in_arpa(space_token):
     assert CharacterNGram.from_arpa(text.splitlines(), space_token=space_token).vocabulary == model.vocabulary
 
 
-@pytest.mark.parametrize("text", ["a|b c", "a\tb"])
-def test_tokens_that_arpa_cannot_hold_are_refused(text):
-    with pytest.raises(ValueError, match="ARPA separates tokens by blanks"):
-        arpa_of(CharacterNGram.train([text]), space_token="|")
+@pytest.mark.parametrize(
+    ("kind", "text", "token"),
+    [
+        (CharacterNGram, "a|b c", r"'\|'"),
+        (CharacterNGram, "a|b", r"'\|'"),
+        (CharacterNGram, "a\tb", r"'\\t'"),
+        (CharacterNGram, "a\udc80", r"'\\udc80'"),
+        (WordNGram, "le | chat", r"'\|'"),
+        (WordNGram, "le <UNK> chat", "'<UNK>'"),
+    ],
+)
+def test_tokens_that_arpa_cannot_hold_are_refused(kind, text, token, tmp_path):
+    with pytest.raises(ValueError, match=rf"cannot write \[{token}\] with space_token = '\|'"):
+        kind.train([text], 2).to_arpa(tmp_path / "model.arpa", space_token="|")
+    assert not (tmp_path / "model.arpa").exists()
+
+
+def test_probability_above_one_that_a_foreign_file_implies_is_not_written():
+    grams = ["-1 <s>", "-1 </s>", "-0.3 a 0.6", "-0.2 b"]  # "a b" is missing: 10^(0.6 - 0.2)
+    header = ["\\data\\", "ngram 1=4", "ngram 2=0", "ngram 3=1"]
+    model = CharacterNGram.from_arpa(
+        [*header, "\\1-grams:", *grams, "\\2-grams:", "\\3-grams:", "-0.5 a b a", "\\end\\"]
+    )
+    with pytest.raises(ValueError, match=r"probability of 10\^0\.4, which ARPA cannot hold"):
+        arpa_of(model)
 
 
 # As lmplz writes: tabs, <unk> first, 0 for <s>, no backoff for </s> and the longest.
@@ -670,10 +693,24 @@ def test_malformed_arpa_is_refused_with_its_place(text, message, tmp_path):
 
 
 def test_arpa_that_is_not_text_is_refused(tmp_path):
-    (tmp_path / "model.arpa").write_bytes(b"\\data\\\n\xff\xfe")
-    (tmp_path / "model.arpa.gz").write_bytes(gzip.compress(KENLM.encode())[:-20])
-    for name in ("model.arpa", "model.arpa.gz"):
-        with pytest.raises(ValueError, match="cannot be read as UTF-8 text"):
+    packed = gzip.compress(KENLM.encode())
+    contents = {
+        "latin.arpa": ("%%%" * 50_000 + "\n\\data\\\n-1\té").encode("latin-1"),
+        "utf-16.arpa": KENLM.encode("utf-16"),
+        "packed.arpa": packed,
+        "damaged.gz": packed[:-20],
+        "plain.gz": KENLM.encode(),
+    }
+    messages = {
+        "latin.arpa": r"line 3: found '-1\\t\\udce9', expected UTF-8: save it so",
+        "utf-16.arpa": "line 1: .*expected UTF-8: save it so",
+        "packed.arpa": r"line 1: .*let its name end in \.gz",
+        "damaged.gz": r"what ends in \.gz is unpacked, and this cannot be .*Fetch the file again",
+        "plain.gz": "rename it if it is not packed",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.*{messages[name]}"):
             CharacterNGram.from_arpa(tmp_path / name)
 
 

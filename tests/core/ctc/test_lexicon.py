@@ -93,6 +93,8 @@ class TestLexicon:
             Lexicon(hot_words={"1914": 1.0})
         with pytest.raises(ValueError, match="words is one string"):
             Lexicon("mot")
+        with pytest.raises(ValueError, match="Among the words there is b'mot': expected str"):
+            Lexicon([b"mot"])
         with pytest.raises(ValueError, match="unknown_price = -1"):
             Lexicon(["mot"], unknown_price=-1)
         with pytest.raises(ValueError, match="unknown_price = nan"):

@@ -31,6 +31,7 @@ from htr_pipeline.core.ctc.threads import num_cores, thread_pool
 
 # A log-softmax in half precision may end up this much above zero by rounding; logits and probabilities lie far above.
 _LOG_PROB_TOLERANCE = 1e-2
+_WIDEST_BEAM = 1_000_000  # prefixes, of some kilobytes each
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,9 +129,10 @@ def beam_search(
     depends neither on its batch nor on num_threads.
 
     A character model scores a character when it is appended. A word model and a lexicon score a word at the white space
-    after it; white space before the first word, after the last or next to other white space costs nothing. Once all
-    frames are read, the last word and the end of the line are scored, and the final ranking is made: so lm_score is
-    language_model.score and lexicon_score is lexicon.score of the text, exactly.
+    after it; white space before the first word or next to other white space costs nothing, nor does that after the last
+    word unless it is a token of the model. Once all frames are read, the last word and the end of the line are scored,
+    and the final ranking is made: so lm_score is language_model.score and lexicon_score is lexicon.score of the text,
+    exactly.
 
     Args:
         log_probs: (B, T, K) floating point. Log-softmax of the logits, where -inf is allowed; frames past logit_length
@@ -171,6 +173,8 @@ def beam_search(
     def search_line(frames: np.ndarray) -> list[Hypothesis]:
         # Frames of K classes lead to at most this many prefixes, so a wider beam would only cost memory.
         width = _num_prefixes(len(frames), frames.shape[1], beam_width)
+        if width > _WIDEST_BEAM:
+            raise ValueError(f"beam_width = {beam_width}: expected at most {_WIDEST_BEAM}, a matter of memory.")
         num_paths = min(width, top_paths)
         lengths, scores, labels, spans, confidences = search(frames, blank, width, num_paths, *language)
         hypotheses = [

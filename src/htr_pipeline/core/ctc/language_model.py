@@ -37,7 +37,9 @@ _FORMAT = "htr_pipeline n-gram 1"
 _ARRAYS = ("token", "num_children", "log_prob", "backoff")
 _LN_10 = math.log(10)
 _LONGEST_LINE = 1 << 20  # of an ARPA file, in characters; an n-gram takes some dozens
+_NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # what surrogateescape makes of such bytes
 _ARPA_ZERO = -99.0  # what ARPA files write for log10 of zero
+_ARPA_ONE = 1e-3  # what they may have by rounding for log10 of one
 _LARGEST_LOG = -_ARPA_ZERO * _LN_10
 # Used where a corpus is too small to estimate discounts, as lmplz --discount_fallback does.
 _FALLBACK_DISCOUNTS = (0.0, 0.5, 1.0, 1.5)
@@ -139,12 +141,7 @@ class _NGram(abc.ABC):
         """
         if not isinstance(order, int | np.integer) or not 1 <= order <= _MAX_ORDER:
             raise ValueError(f"order = {order!r}: expected a whole number from 1 to {_MAX_ORDER}.")
-        if isinstance(texts, str):
-            raise ValueError("texts is one string: expected a list of lines.")
-        lines = list(texts)
-        for line in lines:
-            if not isinstance(line, str):
-                raise ValueError(f"Among the texts there is {line!r}: expected str.")
+        lines = _checked_texts(texts)
         if not lines:
             raise ValueError("A language model needs at least one text to be trained on, got none.")
         vocabulary = (*_SPECIAL, *sorted(set[str]().union(*map(cls._split, lines)).difference(_SPECIAL)))
@@ -184,7 +181,7 @@ class _NGram(abc.ABC):
             ValueError: there are no texts.
         """
         total, count = 0.0, 0
-        for text in texts:
+        for text in _checked_texts(texts):
             tokens = self.encode(text)
             total += _score(self.trie, self.start_state, tokens)
             count += len(tokens) + 1
@@ -261,8 +258,11 @@ class _NGram(abc.ABC):
             arpa = _ArpaParser(name)
             try:
                 arpa.read(lines)
-            except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as exc:
-                raise ValueError(f"{name}, after line {arpa.line_number}: cannot be read as UTF-8 text: {exc}") from exc
+            except (gzip.BadGzipFile, EOFError, zlib.error) as exc:
+                raise ValueError(
+                    f"{name}: what ends in .gz is unpacked, and this cannot be ({exc}). Fetch the file again, or "
+                    "rename it if it is not packed."
+                ) from exc
         names = [cls._token_of_name(token, space_token) for token in arpa.names]
         wrong = [name for name, token in zip(arpa.names, names, strict=True) if token is None]
         if cls is WordNGram and all(len(token or "") == 1 or token in _SPECIAL for token in names):
@@ -290,17 +290,33 @@ class _NGram(abc.ABC):
             space_token: what to write for the blank, where it is a token.
 
         Raises:
-            ValueError: a token cannot be written: it has white space, or is equal to space_token.
+            ValueError: a token cannot be written: it has white space, is no UTF-8, or would be read as another one. Or
+                the model, read from a file, has probabilities above 1.
         """
-        names = [*_SPECIAL, *(self._name_of_token(token, space_token) for token in self.vocabulary[len(_SPECIAL) :])]
-        wrong = [name for name in names if not name or set(name) & set(" \t\r\n")]
-        if wrong or len(set(names)) < len(names):
+        tokens = self.vocabulary[len(_SPECIAL) :]
+        names = [space_token if token == " " else token for token in tokens]
+        wrong = [
+            token
+            for token, name in zip(tokens, names, strict=True)
+            if not name
+            or set(name) & set(" \t\r\n")
+            or _NOT_UTF_8.search(name)
+            or self._token_of_name(name, space_token) != token
+        ]
+        if wrong:
             raise ValueError(
-                f"ARPA separates tokens by blanks and needs each once: cannot write {wrong or space_token!r}. "
-                "Choose a space_token that is no token of the model; train on texts without tabs and line ends."
+                f"ARPA has tokens of UTF-8, separated by blanks, each of them once: cannot write {wrong[:5]} with "
+                f"space_token = {space_token!r}. Choose a space_token that is no token of the model; train on texts "
+                "without tabs, line ends and <UNK>."
             )
+        names = [*_SPECIAL, *names]
         log_probs, backoffs = (self.trie[field].astype(np.float64) / _LN_10 for field in ("log_prob", "backoff"))
         log_probs[1 + START] = _ARPA_ZERO  # never predicted
+        if (largest := log_probs[1:-1].max()) > _ARPA_ONE:
+            raise ValueError(
+                f"The model has a probability of 10^{largest:.3g}, which ARPA cannot hold. The file that it was read "
+                "from lacks beginnings of n-grams, whose backoff weights come to more than 1: make it again."
+            )
         first_child = self.trie["first_child"]
         bounds = _level_bounds(first_child)
         bounds += [bounds[-1]] * (self.order + 2 - len(bounds))  # orders that the texts were too short for
@@ -339,10 +355,6 @@ class _NGram(abc.ABC):
         """The token that an ARPA file means, or None."""
         name = {"<UNK>": "<unk>", space_token: " "}.get(name, name)
         return name if name in _SPECIAL or cls._is_token(name) else None
-
-    @staticmethod
-    def _name_of_token(token: str, space_token: str) -> str:
-        return space_token if token == " " else token
 
 
 class CharacterNGram(_NGram):
@@ -689,6 +701,8 @@ class _ArpaParser:
                 raise self._failure(line, f"lines of less than {_LONGEST_LINE} characters")
             if self.line_number == 1:
                 line = line.removeprefix("\ufeff")  # the mark that some editors put before UTF-8
+            if not line.isascii() and _NOT_UTF_8.search(line):
+                raise self._failure(line, "UTF-8: save it so; if it was packed with gzip, let its name end in .gz")
             self._take(line.strip(" \t\r\n"))
             if self.is_complete:
                 return
@@ -740,7 +754,7 @@ class _ArpaParser:
             raise self._failure(line, f"a log10 probability, {length} tokens and perhaps a log10 backoff weight")
         log_prob = self._number(fields[0])
         backoff = self._number(fields[length + 1]) if len(fields) == length + 2 else 0.0
-        if log_prob > 1e-3 or backoff > -_ARPA_ZERO:
+        if log_prob > _ARPA_ONE or backoff > -_ARPA_ZERO:
             raise self._failure(line, f"log10 of a probability, and a backoff weight of at most {-_ARPA_ZERO:g}")
         tokens = fields[1 : length + 1]
         if length == 1:
@@ -804,22 +818,33 @@ class _ArpaParser:
 
 @contextlib.contextmanager
 def _opened(file: File, mode: str) -> Iterator[IO[Any]]:
-    """Text has line ends of one character; a path that ends in .gz is that of a packed text."""
+    """Text has line ends of one character, read as it is; a path that ends in .gz is that of a packed text."""
+    errors = "surrogateescape" if mode == "rt" else "strict"
     if not isinstance(file, str | os.PathLike):
         yield file
     elif "b" in mode:
         with Path(file).open(mode) as stream:
             yield stream
     elif Path(file).suffix.lower() != ".gz":
-        with Path(file).open(mode, encoding="utf-8", newline="\n") as stream:
+        with Path(file).open(mode, encoding="utf-8", errors=errors, newline="\n") as stream:
             yield stream
     else:  # without name and time, so that equal models are equal files
         with (
             Path(file).open(mode.replace("t", "b")) as packed,
             gzip.GzipFile("", mode.replace("t", "b"), fileobj=packed, mtime=0) as unpacked,
-            io.TextIOWrapper(unpacked, encoding="utf-8", newline="\n") as stream,
+            io.TextIOWrapper(unpacked, encoding="utf-8", errors=errors, newline="\n") as stream,
         ):
             yield stream
+
+
+def _checked_texts(texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise ValueError("texts is one string: expected a list of lines.")
+    lines = list(texts)
+    for line in lines:
+        if not isinstance(line, str):
+            raise ValueError(f"Among the texts there is {line!r}: expected str.")
+    return lines
 
 
 def _name(source: object) -> str:

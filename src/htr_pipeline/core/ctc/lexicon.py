@@ -136,6 +136,8 @@ class Lexicon:
 
     @staticmethod
     def _checked(word: str) -> str:
+        if not isinstance(word, str):
+            raise ValueError(f"Among the words there is {word!r}: expected str.")
         bare = bare_word(word)
         if not bare or len(word.split()) != 1:
             raise ValueError(
