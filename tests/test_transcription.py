@@ -230,7 +230,7 @@ transcription.transcribe(source, folder / "out", StartingPoint.find("starter"), 
 """
     died = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=300)
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
     assert run(lines, tmp_path / "out", starter).num_known == 3
     whole = run(lines, tmp_path / "fresh/out", starter)
     assert whole.num_known == 0
@@ -245,6 +245,9 @@ def test_what_cannot_be_is_said_before_anything_is_read(lines, page, starter, tm
         run(lines, lines / "out", starter)
     with pytest.raises(UserError, match=r"beam_lm.*without a language model"):
         run(lines, tmp_path / "out", starter, decoder="beam_lm")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/out: nothing can be written there"):
+        run(lines, tmp_path / "file/out", starter)
     assert not store.exists()
     (lines / "broken.png").write_bytes(b"no image")
     for image in lines.glob("line_*.png"):

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -113,8 +114,9 @@ def transcribe(
     format = format or (source_format if source_format in _LAYOUTS else "tsv")
     protected = protected_folders(lines)
     check_output(output / REJECTED, protected)
+    _check_writable(output)  # now, not when all has been read
     if format in _LAYOUTS:
-        of_format(rows, format)  # raises now, not when all has been read
+        of_format(rows, format)
     _warn_of_pages(rows)
     _warn_of_other_images(Path(source.path))
     _write_rejected(output / REJECTED, rejected, protected)
@@ -157,6 +159,15 @@ def transcribe(
         num_kept=len(lines) - len(rows),
         num_rejected=len(rejected),
     )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as exc:
+        raise UserError(f"{folder}: nothing can be written there ({exc.strerror}).") from exc
 
 
 def _load(model: StartingPoint, files: Mapping[str, Path]) -> "LineReader":

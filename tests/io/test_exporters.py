@@ -76,6 +76,25 @@ def test_text_of_a_page_region_is_made_of_its_lines():
     assert root.findtext(".//TextRegion/TextEquiv/Unicode") == "one\n\nuntouched"
 
 
+def test_text_of_a_page_region_has_kept_lines_too_in_the_order_of_reading():
+    old = {"words": "<Word><TextEquiv><Unicode>of</Unicode></TextEquiv></Word>" * 2}
+    old["plain"] = "<TextEquiv><PlainText>plain</PlainText></TextEquiv>"
+    order = {"read": 2, "words": 0, "plain": 1}
+    lines = "".join(
+        f"<TextLine id='{name}' custom='readingOrder {{index:{place};}} abbrev {{offset:3; length:9;}}'>"
+        f"<Coords points='0,0'/>{old.get(name, '')}</TextLine>"
+        for name, place in order.items()
+    )
+    region = f"<TextRegion>{lines}<TextEquiv><Unicode>old</Unicode></TextEquiv></TextRegion>"
+    root = ElementTree.fromstring(
+        edit_page(f"<PcGts><Page>{region}</Page></PcGts>".encode(), {"read": NewText("new", 0.9)})
+    )
+    assert root.findtext(".//TextRegion/TextEquiv/Unicode") == "of of\nplain\nnew"
+    tags = [line.get("custom") for line in root.iter("TextLine")]
+    assert tags[0] == "readingOrder {index:2;}"  # a tag of a part of the old text says nothing of the new one
+    assert all("offset:3" in tag for tag in tags[1:])
+
+
 def test_all_bytes_of_a_page_outside_the_readings_stay():
     new = edit_page(PAGE_XML.encode(), {"l2": NewText("new", 0.25)})
     inserted = r'<pc:TextEquiv conf="0.2500"><pc:Unicode>new</pc:Unicode></pc:TextEquiv>'
@@ -302,6 +321,25 @@ def test_page_ids_of_strangers_stay_within_the_folder(line_images, tmp_path, pag
     (file,) = export("text", *tables(rows, {"source": root}), tmp_path / "x" / "out")
     assert file.resolve().is_relative_to((tmp_path / "x" / "out").resolve())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+def test_page_that_cannot_be_written_does_not_keep_the_others_from_it(line_images, tmp_path):
+    rows, root = line_images
+    (tmp_path / "out/a.txt").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"a\.txt: it cannot be written.*\nThe others are written all the same: 1"):
+        export("text", *tables(rows, {"source": root}), tmp_path / "out")
+    assert (tmp_path / "out/b.txt").is_file()
+
+
+def test_single_file_is_exported_though_a_folder_beside_it_has_another_of_its_name(pages, tmp_path):
+    rows, source = pages
+    rows = [row | {"page_id": "p"} for row in rows]
+    single = source / "p.xml"
+    single.write_text(PAGE_XML, newline="")
+    manifest, predictions = tables(rows, {"source": source})
+    metadata = manifest.schema.metadata | {b"source_paths": json.dumps({"source": str(single)}).encode()}
+    (file,) = export("page", manifest.replace_schema_metadata(metadata), predictions, tmp_path / "out")
+    assert file == tmp_path / "out/p.xml"
 
 
 def test_pages_that_would_share_a_file_are_an_error(line_images, tmp_path):

@@ -278,8 +278,13 @@ def test_table_without_image_column_finds_images_by_id_and_maps_split_names(tabl
     assert records == import_rows(table / "lines.tsv")[0]
 
 
-def test_quotation_marks_of_a_tsv_belong_to_the_text(table):
+def test_quotation_marks_of_a_tsv_belong_to_the_text(table, caplog):
     assert import_rows(table)[0][1]["text"] == '"Wort"'
+    assert "quotation marks" not in caplog.text
+    frame = pd.read_csv(table / "lines.tsv", sep="\t", quoting=3, dtype=str)
+    frame.assign(text=frame["text"].map('"{}"'.format)).to_csv(table / "lines.tsv", sep="\t", index=False, quoting=3)
+    import_rows(table)
+    assert "lines.tsv: 4 of 4 texts stand in quotation marks" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["csv", "semicolons", "parquet", "json lines"])
@@ -297,7 +302,7 @@ def test_other_kinds_of_tables_give_the_same_lines_as_tsv(table, kind):
 
 
 def test_folders_of_images_named_like_splits_are_the_splits_of_a_table_without_any(tmp_path):
-    names = ("train/1.png", "validation/2.png", "test/3.png")
+    names = ("./train/1.png", "validation//2.png", "test/3.png")
     for name in names:
         write_line(tmp_path, name)
     table = tmp_path / "metadata.csv"
@@ -423,9 +428,43 @@ def test_column_that_does_not_exist_is_named_with_those_that_do(table):
 
 
 def test_quotation_mark_that_is_not_closed_is_an_error_with_the_line(tmp_path):
-    (tmp_path / "lines.csv").write_text('id,text\nl0,"Wort\n' + "x" * 140_000 + "\n")
-    with pytest.raises(UserError, match=r"lines\.csv, line \d: .*quotation mark that is not closed"):
-        import_rows(tmp_path)
+    rows = ["id,text", "l0,Wort", 'l1,"offen', "l2,Wort"]
+    for rest in ([], ['l3,"noch eins', "l4,Wort"], ["x" * 140_000]):
+        (tmp_path / "lines.csv").write_text("\n".join([*rows, *rest, ""]))
+        with pytest.raises(UserError, match=r"lines\.csv, in the row that begins on line 3: .*that is not closed"):
+            import_rows(tmp_path)
+
+
+def test_tables_as_spreadsheets_write_them(table):
+    expected, _ = import_rows(table)
+    frame = pd.read_csv(table / "lines.tsv", sep="\t", quoting=3, dtype=str)
+    (table / "lines.tsv").unlink()
+    for declared, delimiter, more in (("sep=;\r\n", ";", ""), ("", "\t", ""), ("", ";", ";;"), ("", ", ", "")):
+        rows = frame.map(lambda cell: '"{}"'.format(cell.replace('"', '""'))).fillna("").agg(delimiter.join, axis=1)
+        lines = [delimiter.join(frame.columns), *rows]
+        (table / "lines.csv").write_text(
+            declared + "".join(f"{line}{more}\r\n" for line in lines), encoding="utf-8", newline=""
+        )
+        found, rejected = import_rows(table)
+        assert (found, rejected) == (expected, [])
+
+
+def test_table_whose_cells_are_parted_otherwise_is_told_so(table):
+    (table / "lines.tsv").write_text((table / "lines.tsv").read_text("utf-8").replace("\t", ","), "utf-8")
+    with pytest.raises(UserError, match=r"Are its cells parted as its name says\?"):
+        import_rows(table)
+    (table / "lines.tsv").unlink()
+    (table / "lines.jsonl").write_text('[{"image": "l0.png", "text": "Wort"}]')
+    with pytest.raises(UserError, match="It should have a JSON object on each line"):
+        import_rows(table)
+
+
+def test_pages_of_documents_that_count_from_one_are_apart(table):
+    frame = pd.read_csv(table / "lines.tsv", sep="\t", quoting=3, dtype=str)
+    frame.assign(document=["a", "a", "b", "b"], page=["1", "2", "1", "b-2"]).to_csv(
+        table / "lines.tsv", sep="\t", index=False, quoting=3
+    )
+    assert [record["page_id"] for record in import_rows(table)[0]] == ["a/1", "a/2", "b/1", "b-2"]
 
 
 def test_bad_rows_are_rejected_with_their_line_in_the_table():

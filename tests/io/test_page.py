@@ -33,6 +33,29 @@ def texts(source):
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
+def test_second_file_of_a_page_is_rejected_line_by_line(source):
+    add(source, "escriptorium_2019.xml", "p.xml")
+    add(source, "escriptorium_2019.xml", "page/p.xml", change={'id="l2"': 'id="other"'})
+    records, rejected = read(source)
+    assert [record["line_id"] for record in records] == ["p/l1", "p/l2"]
+    assert [(row["line_id"], row["reason"]) for row in rejected] == [
+        ("p/l1", "duplicate_id"),
+        ("p/other", "duplicate_id"),
+    ]
+    assert "page/p.xml: p.xml is the file of the page 'p' already. Keep one of them" in rejected[1]["detail"]
+
+
+def test_pages_without_lines_and_images_without_a_page_are_named(source, caplog):
+    add(source, "escriptorium_2019.xml")
+    (source / "empty.xml").write_text("<PcGts><Page imageFilename='page.png'/></PcGts>")
+    for name in ("thumbs/page.jpg", "alone.png"):  # a smaller copy is no page
+        (source / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (4, 3)).save(source / name)
+    assert len(read(source)[0]) == 2
+    assert "no lines were found, so that there is nothing to read: 1 (empty.xml)" in caplog.text
+    assert "Page images without a PAGE file, which are not read: 1 (alone.png)" in caplog.text
+
+
 def test_escriptorium_page_gives_records_with_geometry(source):
     add(source, "escriptorium_2019.xml")
     records, rejected = read(source)

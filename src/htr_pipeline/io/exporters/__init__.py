@@ -61,6 +61,7 @@ def export_lines(
         raise UserError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
     lines = _join(manifest, predictions, decoder, split)
     roots, prefixes, protected = image_roots(manifest), id_prefixes(manifest), protected_folders(manifest)
+    paths = source_paths(manifest)
     if format == "tsv":
         rows = ((line["line_id"], line["text"], _shown(line["confidence"])) for line in lines)
         return [write_output(folder / "lines.tsv", to_tsv(("line_id", "text", "confidence"), rows), protected)]
@@ -77,7 +78,7 @@ def export_lines(
         try:
             if format in _EDITORS:
                 if source not in files:
-                    files[source] = _page_files(root, _EDITORS[format][0])
+                    files[source] = _page_files(paths.get(source, root), _EDITORS[format][0])
                 prefix = prefixes.get(source, "")
                 plain_id = page_id.removeprefix(prefix)
                 if plain_id not in files[source]:
@@ -98,10 +99,9 @@ def export_lines(
                 raise UserError(
                     f"The pages {written[path]!r} and {page_id!r} would both be {path}. Rename one of them."
                 )
+            written[write_output(path, content, protected)] = page_id
         except UserError as exc:
             problems.append(str(exc))
-        else:
-            written[write_output(path, content, protected)] = page_id
     if problems:
         more = f"\nAnd {len(problems) - _PROBLEMS_NAMED} more." if len(problems) > _PROBLEMS_NAMED else ""
         others = f"\nThe others are written all the same: {len(written)} in {folder}." if written else ""
@@ -154,9 +154,10 @@ def of_format(lines: list[dict[str, Any]], format: str) -> list[dict[str, Any]]:
     return fitting
 
 
-def _page_files(root: Path, page_format: PageFormat) -> dict[str, str]:
+def _page_files(path: Path, page_format: PageFormat) -> dict[str, str]:
     """The XML file of each page, relative to the source's folder; of two of one page the first, as at the import."""
-    names = [name for name in xml_files(root) if root_tag(root / name) == page_format.root_tag]
+    root = path.parent if path.is_file() else path
+    names = [name for name in xml_files(path) if root_tag(root / name) == page_format.root_tag]
     return {page_id_of(name): name for name in reversed(names)}
 
 

@@ -5,15 +5,20 @@ Only the texts of lines that were read are changed, each with its confidence, an
 - Words (PAGE Word, ALTO String) are kept and take the words of the reading, one each, where there are as many of them;
   otherwise PAGE words are removed, and in ALTO one String with the whole line stands for them.
 - Readings of other engines, glyphs, hyphenation and character confidences of such a line are removed.
-- A text of a whole PAGE region is made of the texts of its lines again.
+- A text of a whole PAGE region is made of the texts of its lines again, in their reading order.
+- Transkribus's tags of a part of the text (custom="abbrev {offset:3; length:2;}") are removed.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.exporters.xml_edit import Element, XmlFile, markup, quote
-from htr_pipeline.io.importers.page import main_of
+from htr_pipeline.io.importers.page import in_custom_order, text_of
+
+# The look-behinds keep the time linear in the length of the attribute.
+_TAG = re.compile(r"(?<!\s)\s*(?<![\w-])[\w-]+\s*\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -37,22 +42,26 @@ def edit_page(data: bytes, new_texts: Mapping[str, NewText]) -> bytes:
     xml, lines = _open(data, "PcGts", "id", new_texts)
     for line_id, new in new_texts.items():
         line = lines[line_id]
-        words, texts = line.find("Word"), new.text.split(" ")
+        words, texts = line.findall("Word"), new.text.split(" ")
         for word in words:
             if len(words) != len(texts):
                 xml.remove(word)
         if len(words) == len(texts):
             for word, text in zip(words, texts, strict=True):
-                for glyph in word.find("Glyph"):
+                for glyph in word.findall("Glyph"):
                     xml.remove(glyph)
                 _set_text_equiv(xml, word, text, new.confidence)
         _set_text_equiv(xml, line, new.text, new.confidence)
+        custom = line.attributes.get("custom", "")
+        if (untagged := _TAG.sub(lambda tag: "" if "offset" in tag[1] else tag[0], custom)) != custom:
+            xml.set_attributes(line, {"custom": untagged.strip()})
     for region in xml.root.iter("TextRegion"):
-        own = region.find("TextLine")
-        if region.find("TextEquiv") and any(line.attributes.get("id") in new_texts for line in own):
+        own = in_custom_order(region.findall("TextLine"))
+        ids = [line.attributes.get("id", "") for line in own]
+        if region.findall("TextEquiv") and not new_texts.keys().isdisjoint(ids):
             texts = [
-                new_texts[line_id].text if (line_id := line.attributes.get("id", "")) in new_texts else _text_of(line)
-                for line in own
+                new_texts[line_id].text if line_id in new_texts else text_of(line)
+                for line_id, line in zip(ids, own, strict=True)
             ]
             _set_text_equiv(xml, region, "\n".join(texts), None)
     return xml.to_bytes()
@@ -71,7 +80,7 @@ def edit_alto(data: bytes, new_texts: Mapping[str, NewText]) -> bytes:
     xml, lines = _open(data, "alto", "ID", new_texts)
     for line_id, new in new_texts.items():
         line = lines[line_id]
-        strings, texts = line.find("String"), new.text.split(" ")
+        strings, texts = line.findall("String"), new.text.split(" ")
         confidence = f"{new.confidence:.4f}"
         whole_line = len(strings) != len(texts)
         box = {key: line.attributes[key] for key in ("HPOS", "VPOS", "WIDTH", "HEIGHT") if key in line.attributes}
@@ -84,8 +93,8 @@ def edit_alto(data: bytes, new_texts: Mapping[str, NewText]) -> bytes:
             xml.set_attributes(string, stale | fresh)
         if not strings:
             xml.insert(line, _tag(line, "String", {"CONTENT": new.text, "WC": confidence} | box))
-        surplus = [*strings[1:], *line.find("SP")] if whole_line else []
-        for element in [*surplus, *line.find("HYP")]:
+        surplus = [*strings[1:], *line.findall("SP")] if whole_line else []
+        for element in [*surplus, *line.findall("HYP")]:
             xml.remove(element)
     return xml.to_bytes()
 
@@ -107,8 +116,8 @@ def _open(data: bytes, root: str, id_name: str, new_texts: Mapping[str, NewText]
 def _set_text_equiv(xml: XmlFile, element: Element, text: str, confidence: float | None) -> None:
     """Makes `text` the only TextEquiv of a line, word or region."""
     conf = {} if confidence is None else {"conf": f"{confidence:.4f}"}
-    equivs = element.find("TextEquiv")
-    first = next((equiv for equiv in equivs if equiv.find("Unicode")), None)
+    equivs = element.findall("TextEquiv")
+    first = next((equiv for equiv in equivs if equiv.findall("Unicode")), None)
     for other in equivs:
         if other is not first:
             xml.remove(other)
@@ -117,16 +126,9 @@ def _set_text_equiv(xml: XmlFile, element: Element, text: str, confidence: float
         xml.insert(element, _tag(element, "TextEquiv", conf, unicode), before=("TextStyle", "UserDefined", "Labels"))
         return
     xml.set_attributes(first, {"conf": conf.get("conf")})
-    for stale in (*first.find("PlainText"), *first.find("Unicode")[1:]):
+    for stale in (*first.findall("PlainText"), *first.findall("Unicode")[1:]):
         xml.remove(stale)
-    xml.set_text(first.find("Unicode")[0], text)
-
-
-def _text_of(line: Element) -> str:
-    """The text that the importer takes."""
-    equivalents = [equiv for equiv in line.find("TextEquiv") if equiv.find("Unicode")]
-    main = main_of(equivalents, lambda equiv, name: equiv.attributes.get(name))
-    return main.find("Unicode")[0].text if main else ""
+    xml.set_text(first.findall("Unicode")[0], text)
 
 
 def _tag(sibling: Element, name: str, attributes: Mapping[str, str], content: str = "") -> str:

@@ -52,14 +52,19 @@ class Element:
     pieces: list[str] = field(default_factory=list)
     children: list["Element"] = field(default_factory=list)
 
-    @property
-    def text(self) -> str:
-        """Characters directly in it."""
-        return "".join(self.pieces)
+    # The next three as ElementTree calls them, so that what reads its elements reads these.
 
-    def find(self, name: str) -> list["Element"]:
+    def get(self, name: str, default: str | None = None) -> str | None:
+        """An attribute."""
+        return self.attributes.get(name, default)
+
+    def findall(self, name: str) -> list["Element"]:
         """Children of this name."""
         return [child for child in self.children if child.name == name]
+
+    def itertext(self) -> Iterator[str]:
+        """Characters directly in it."""
+        yield from self.pieces
 
     def iter(self, name: str) -> Iterator["Element"]:
         """Elements of this name below this one, in the order of the file."""

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element
 
@@ -26,7 +26,7 @@ def _parse(root: Element) -> Page:
         for region_id in _ordered_regions(reading_order):
             ranks.setdefault(region_id, len(ranks))
     regions = sorted(_regions(element, ranks, len(ranks)), key=lambda ranked: ranked[0])
-    page.lines = [_line(line) for _, region in regions for line in _by_custom_order(region.findall("TextLine"))]
+    page.lines = [_line(line) for _, region in regions for line in in_custom_order(region.findall("TextLine"))]
     return page
 
 
@@ -41,12 +41,16 @@ def _ordered_regions(group: Element) -> Iterator[str]:
 def _regions(parent: Element, ranks: dict[str, int], rank: int) -> Iterator[tuple[int, Element]]:
     """The element and all regions in it, each with its place; one that has none of its own follows its parent."""
     yield rank, parent
-    for child in _by_custom_order([e for e in parent if e.tag.endswith("Region") or e.tag == "TableCell"]):
+    for child in in_custom_order([e for e in parent if e.tag.endswith("Region") or e.tag == "TableCell"]):
         yield from _regions(child, ranks, ranks.get(child.get("id", ""), rank))
 
 
-def _by_custom_order(elements: Sequence[Element]) -> list[Element]:
-    """The elements by custom="readingOrder {index:3;}" where all of them have it, else as they stand in the file."""
+def in_custom_order(elements: Sequence[Any]) -> list[Any]:
+    """The elements by custom="readingOrder {index:3;}" where all of them have it, else as they stand in the file.
+
+    Args:
+        elements: with the methods of ElementTree's, as for text_of.
+    """
     found = [re.search(r"readingOrder\s*\{[^{}]*?index\s*:\s*(\d{1,9})\b", e.get("custom", "")) for e in elements]
     if not all(found):
         return list(elements)
@@ -55,7 +59,7 @@ def _by_custom_order(elements: Sequence[Element]) -> list[Element]:
 
 
 def _line(element: Element) -> PageLine:
-    line = PageLine(element.get("id"), _text(element))
+    line = PageLine(element.get("id"), text_of(element))
     try:
         polygon, baseline = (_points(element.find(name)) for name in ("Coords", "Baseline"))
     except UserError as exc:
@@ -71,33 +75,27 @@ def _points(element: Element | None) -> list[list[float]] | None:
     return parse_points(element.get("points", "")) or None if element is not None else None
 
 
-def _text(line: Element) -> str:
+def text_of(line: Any) -> str:
     """The line's own text, or else that of its words, or else that of their glyphs."""
     text = _main_text(line)
     if text.strip():
         return text
-    words = _by_custom_order(line.findall("Word"))
+    words = in_custom_order(line.findall("Word"))
     texts = (_main_text(word) or "".join(_main_text(glyph) for glyph in word.findall("Glyph")) for word in words)
     return " ".join(filter(None, texts))
 
 
-def _main_text(element: Element) -> str:
+def _main_text(element: Any) -> str:
     """Text of the TextEquiv with the lowest index; without an index the one with the highest confidence."""
-    main = main_of(element.findall("TextEquiv"), lambda equiv, name: equiv.get(name))
-    if main is None:
-        return ""
-    text = main.find("Unicode")
-    text = main.find("PlainText") if text is None else text
-    return "".join(text.itertext()) if text is not None else ""
-
-
-def main_of(equivalents: Sequence[Any], attribute: Callable[[Any, str], str | None]) -> Any | None:
-    """Of some TextEquivs the one whose text counts; None of none."""
 
     def rank(equivalent: Any) -> tuple[float, float]:
-        return _number(attribute(equivalent, "index")), -(parse_number(attribute(equivalent, "conf")) or 0.0)
+        return _number(equivalent.get("index")), -(parse_number(equivalent.get("conf")) or 0.0)
 
-    return min(equivalents, key=rank, default=None)
+    main = min(element.findall("TextEquiv"), key=rank, default=None)
+    if main is None:
+        return ""
+    texts = main.findall("Unicode") or main.findall("PlainText")
+    return "".join(texts[0].itertext()) if texts else ""
 
 
 def _number(value: str | None) -> float:

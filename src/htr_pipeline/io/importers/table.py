@@ -7,13 +7,14 @@ A Parquet table may hold the images themselves, as Hugging Face's datasets do: a
 import csv
 import hashlib
 import json
+import logging
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -28,6 +29,8 @@ from htr_pipeline.io.importers.lines import IMAGE_SUFFIXES
 if TYPE_CHECKING:
     from htr_pipeline.io.importers import SourceConfig
 
+logger = logging.getLogger(__name__)
+
 TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 
 _USUAL_NAMES = {
@@ -39,6 +42,8 @@ _USUAL_NAMES = {
     "group": ("group", "font"),
     "id": ("id", "line_id"),
 }
+_DOCUMENT_COLUMNS = ("document", "document_id")  # of the writer's, whose pages may be numbered each from 1
+_DELIMITER_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)  # as Excel writes it above the header
 # Where the image of a line lies when the table has ids but no image paths.
 _FOLDERS_BY_ID = ("lines/", "images/", "")
 # A split's file, or one of several: train.tsv, train-00000-of-00002.parquet, train-00000-of-00002-3f0c….parquet
@@ -89,10 +94,20 @@ def _rows_of_table(
     split = _split_of(file) if is_split else None
     by_folder = config.split == "given" and not split and _folders_are_splits(file, names)
     table = file.relative_to(root).with_suffix("").as_posix() if is_named_alike else file.stem
+    num_texts = num_quoted = 0
     for number, values in rows:
         row = _row(file, root, f"{table}/{number:06d}", number, values, names)
+        text = row.get("text") or ""
+        num_texts += bool(text)
+        num_quoted += len(text) > 1 and text[0] == text[-1] == '"'
         of_folder = parse_split(row.get("image_path", "").partition("/")[0]) if by_folder else None
         yield row | {"split": row.get("split") or split or of_folder}
+    if file.suffix.lower() == ".tsv" and num_quoted > num_texts / 2:
+        logger.warning(
+            "%s: %d of %d texts stand in quotation marks, which in a .tsv belong to the text. If they should not, save "
+            "the table as .csv.",
+            file, num_quoted, num_texts,
+        )  # fmt: skip
 
 
 def _folders_are_splits(file: Path, names: Mapping[str, str]) -> bool:
@@ -100,7 +115,7 @@ def _folders_are_splits(file: Path, names: Mapping[str, str]) -> bool:
     if "split" in names or "image" not in names or file.suffix.lower() == ".parquet":
         return False
     images = (values.get(names["image"]) for _, values in _read_text_table(file)[1] if not isinstance(values, str))
-    folders = {str(image or "").replace("\\", "/").partition("/")[0] for image in images}
+    folders = {_plain(str(image or "").replace("\\", "/")).partition("/")[0] for image in images}
     return are_splits(folders)
 
 
@@ -170,15 +185,24 @@ def _read_text_table(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[st
 
 def _read_cells(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of each row, the header first."""
+    begin = skipped = 0
     try:
         with _utf8(file), file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, **_dialect(file, stream.readline()))
+            header = stream.readline()
+            if declared := _DELIMITER_LINE.fullmatch(header):
+                header, skipped = stream.readline(), 1
+            reader = csv.reader(stream, **_dialect(file, header, declared[1] if declared else ""))
             stream.seek(0)
+            for _ in range(skipped):
+                stream.readline()
             for cells in reader:
-                yield reader.line_num, cells
+                yield skipped + reader.line_num, cells
+                begin = reader.line_num
     except csv.Error as exc:
         raise UserError(
-            f"{file}, line {reader.line_num}: {exc}. Look for a quotation mark that is not closed."
+            f"{file}, in the row that begins on line {skipped + begin + 1}: {exc}. Look for a quotation mark that is "
+            'not closed. A cell that has one stands in quotation marks, and in it each is written twice: """yes"", he '
+            'said".'
         ) from exc
 
 
@@ -211,11 +235,12 @@ def _utf8(file: Path) -> Iterator[None]:
         ) from exc
 
 
-def _dialect(file: Path, header: str) -> dict[str, Any]:
+def _dialect(file: Path, header: str, declared: str) -> dict[str, Any]:
     if file.suffix.lower() == ".tsv":
         return {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    # Spreadsheets write semicolons where the comma is the decimal sign.
-    return {"delimiter": ";" if header.count(";") > header.count(",") else ","}
+    # Spreadsheets write semicolons where the comma is the decimal sign. Strict: else a quotation mark that nobody has
+    # closed would take the rows behind it for one text, without a word.
+    return {"delimiter": declared or max(",;\t", key=header.count), "strict": True, "skipinitialspace": True}
 
 
 def _read_parquet(file: Path, config: "SourceConfig") -> tuple[list[str], Iterator[tuple[int, dict[str, Any] | str]]]:
@@ -319,10 +344,14 @@ def _unpack(cell: Any, folder: Path) -> _Unpacked:
 
 def _find_columns(file: Path, columns: list[str], config: "SourceConfig") -> dict[str, str]:
     """Name of the table's column for each of image, text, split, writer, page, group and id that it has."""
-    if doubled := sorted(name for name, count in Counter(columns).items() if count > 1):
+    if doubled := sorted(name for name, count in Counter(columns).items() if name and count > 1):
         raise UserError(f"{file}: columns with the same name: {', '.join(map(repr, doubled))}. Rename one of them.")
     lower = {name.lower(): name for name in reversed(columns)}
     has = f"{file} has the columns {', '.join(map(repr, columns)) or '(none)'}."
+    if not columns and file.suffix.lower() == ".jsonl":
+        has += " It should have a JSON object on each line."
+    elif file.suffix.lower() in (".tsv", ".csv") and any(re.search("[,;\t]", name) for name in columns):
+        has += " Are its cells parted as its name says? In a .csv they are by commas or semicolons, in a .tsv by tabs."
     found = {}
     for kind, usual_names in _USUAL_NAMES.items():
         wanted = getattr(config, f"{kind}_column")
@@ -391,18 +420,26 @@ def _row(
         forms = (unicodedata.normalize(form, image_path) for form in ("NFC", "NFD"))
         image_path = next((form for form in forms if _is_file(file.parent / form)), image_path)
     if not isinstance(unpacked, _Unpacked):
-        image_path = _from_root(image_path, folder, root)
+        image_path = _from_root(_plain(image_path), folder, root)
+    page, document = cells.get("page"), cells.get("writer")
+    if page and document and names["writer"].lower() in _DOCUMENT_COLUMNS and not page.startswith(document):
+        page = f"{document}/{page}"  # the page 1 of each is a page of its own
     return {
         "line_id": line_id or image_path.rpartition(".")[0] or image_path,
         "file": place,
         "image_path": image_path,
         "text": cells.get("text"),
         "split": parse_split(split) if split else None,
-        "writer_id": cells.get("writer"),
-        "page_id": cells.get("page"),
+        "writer_id": document,
+        "page_id": page,
         "group": cells.get("group"),
         "image_name": unpacked.name if isinstance(unpacked, _Unpacked) else None,
     }
+
+
+def _plain(image_path: str) -> str:
+    """Without the ./ that find writes."""
+    return PurePosixPath(image_path).as_posix() if image_path else ""
 
 
 def _from_root(image_path: str, folder: Path, root: Path) -> str:

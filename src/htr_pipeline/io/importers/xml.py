@@ -78,7 +78,8 @@ class PageFormat:
         """One row for each TextLine of each page, files in order of path, lines in reading order.
 
         XML files whose root element is of another format (METS, metadata, the other of PAGE and ALTO) are left alone
-        and counted in the log; what cannot be parsed at all is a rejected row.
+        and counted in the log; what cannot be parsed at all is a rejected row. So are the lines of a second file of one
+        page. Pages without lines, and images that belong to none of the files, are named in a warning.
 
         Args:
             path: a folder with XML files and page images, or one XML file.
@@ -89,7 +90,8 @@ class PageFormat:
         files = xml_files(path)
         first_folders = {_place(name)[0] for name in files if _place(name)}
         folders_are_splits = are_splits(first_folders)
-        others = []
+        others, empty = [], []
+        file_of_page: dict[str, str] = {}
         for name in files:
             page_id = page_id_of(name)
             row: dict[str, Any] = {"line_id": page_id, "page_id": page_id, "file": name}
@@ -105,10 +107,27 @@ class PageFormat:
                 continue
             if page is None:
                 others.append(name)
-            else:
-                yield from _page_rows(row, page, images)
+                continue
+            if not page.lines:
+                empty.append(name)
+            first = file_of_page.setdefault(page_id, name)
+            detail = f"{name}: {first} is the file of the page {page_id!r} already. Keep one of them, or rename it."
+            again = {"reason": "duplicate_id", "detail": detail} if first != name else {}
+            for line in _page_rows(row, page, images):
+                yield line | again
         if others:
             logger.info("%d XML files are not %s and were left alone: %s", len(others), self.name, _few(others))
+        if empty:
+            logger.warning(
+                "Pages in which no lines were found, so that there is nothing to read: %d (%s).",
+                len(empty),
+                _few(empty),
+            )
+        if path.is_dir() and (unused := images.unused()):
+            logger.warning(
+                "Page images without a %s file, which are not read: %d (%s).",
+                self.name.upper(), len(unused), _few(unused),
+            )  # fmt: skip
 
 
 class _LimitedBuilder(TreeBuilder):
@@ -327,6 +346,12 @@ class ImageIndex:
                 folder, stem = _split_name(name)
                 self._in[folder, _fold(stem)].append(name)
                 self._below[_above(folder), _fold(stem)].append(name)
+        self._found: set[str] = set()
+
+    def unused(self) -> list[str]:
+        """Images that were not found, nor others of their name, as in a folder of smaller copies."""
+        stems = {_fold(_split_name(name)[1]) for name in self._found}
+        return sorted(name for (_, stem), names in self._in.items() if stem not in stems for name in names)
 
     def find(self, xml_name: str, image_name: str | None) -> str:
         """Path of the image of a page, relative to the source's folder.
@@ -357,6 +382,7 @@ class ImageIndex:
                 if len(fitting) > 1:
                     raise UserError(f"its image may be {_few(fitting)}. Keep one, or put it beside the XML file.")
                 if fitting:
+                    self._found.add(fitting[0])
                     return fitting[0]
         if "." in base and not base.lower().endswith(IMAGE_SUFFIXES):
             raise UserError(
