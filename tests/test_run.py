@@ -819,6 +819,9 @@ def test_check_batch_says_in_one_sentence_that_everything_fits_from_a_registered
         ("registration.alias=v3", "registration.alias = 'v3': expected letters"),
         ("registration.model_name=a/b", "registration.model_name = 'a/b': expected a name"),
         ("training.start_from=startr", "training.start_from = 'startr': Expected a folder with model.keras"),
+        ("training=5", "training: expected settings, such as training.NAME=VALUE, got one value (int)."),
+        ("checkpoint.path=conf", "checkpoint.path = 'conf': expected a file that can be written"),
+        ("language_model.arpa=no.arpa", "language_model.arpa = 'no.arpa': there is no such file or folder"),
         ("sources.iam.path=x,sources.iam.formt=iam", "In sources.iam: source.formt = 'iam': there is no such setting"),
     ],
 )

@@ -72,7 +72,13 @@ def _causes(exc: BaseException | None) -> Iterator[BaseException]:
 
 def _settings_message(exc: ParameterValidationError) -> str:
     """Kedro's words without the names of classes."""
-    lines = re.sub(r".*Failed to instantiate \w+ for parameter '[^']*': ", "", str(exc)).splitlines()
+    words = re.sub(r".*Failed to instantiate \w+ for parameter '[^']*': ", "", str(exc))
+    words = re.sub(
+        r".*Parameter '(\w+)': Expected dict for dataclass \w+, got (\w+)",
+        r"\1: expected settings, such as \1.NAME=VALUE, got one value (\2).",
+        words,
+    )
+    lines = words.splitlines()
     return "\n".join(lines[1:] or lines)
 
 
@@ -201,7 +207,7 @@ def _use_mlflow(context: KedroContext) -> str:
 
 
 @cli.command("check-batch")
-@click.option("--seconds", default=60.0, show_default=True, help="When to give up.")
+@click.option("--seconds", default=60.0, show_default=True, type=click.FloatRange(1.0, 1e6), help="When to give up.")
 @click.option("--env", "-e", help="Kedro environment, as for run.")
 @click.option("--params", default="", help="Settings, as for run.", callback=_split_params)
 def check_batch(seconds: float, env: str | None, params: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from kedro.pipeline import Pipeline
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import DECODERS
 from htr_pipeline.io.atomic import replacing
-from htr_pipeline.io.checkpoints import FileCheckpoints
+from htr_pipeline.io.checkpoints import FileCheckpoints, check_place
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,16 @@ _OPTIONS = {
     "--namespaces": "namespaces",
     "--only-missing-outputs": "only_missing_outputs",
 }
+# Settings that name a file or folder, by what is made with it.
+_FILES_FOR = {
+    "language_model": ("language_model.arpa", "language_model.texts"),
+    "lexicon": ("decoding.lexicon_words",),
+}
 _PACKAGES = ("htr-pipeline", "kedro", "keras", "mlflow", "great-expectations", "pyarrow", "numpy")
 
 
 class SettingsHook:
-    """Stops a run whose parameters hold a block that nothing reads, or a network to start from that is not there.
+    """Stops a run whose parameters hold a block that nothing reads, or name a file that is not there.
 
     Kedro checks the keys within the blocks.
     """
@@ -79,30 +84,42 @@ class SettingsHook:
                 f"source.path = {given['path']!r} would not be read, since there are `sources`: {', '.join(entries)}. "
                 "Take them out of conf/local/parameters.yml, or set sources.NAME.path."
             )
-        self._start_from = getattr(context.params.get("training"), "start_from", None)
+        self._params = context.params
         self._project = context.project_path
 
     @hook_impl(wrapper=True)
     def before_pipeline_run(self, pipeline: Pipeline) -> Generator[None, Any, Any]:
-        """Looks for the network now, not after import and features; the registry is left to the node that asks it.
+        """Looks for files now, not after import and features; the registry is left to the node that asks it.
 
         Goes to the project's folder before all other hooks, and back if one of them fails.
         """
-        from htr_pipeline.io.starting_point import StartingPoint
-
         # Of Ctrl-C Kedro tells no hook: in a notebook, which lives on, the folder is still the project's then.
         if self._caller is None or Path.cwd() != self._project:
             self._caller = Path.cwd()
         try:
             # Paths among the settings mean the project's folder, as Kedro has it with those of the catalog.
             os.chdir(self._project)
-            place = self._start_from
-            if place and "params:training" in pipeline.inputs() and not place.startswith("models:"):
-                StartingPoint.find(place)
+            self._look_for_files(pipeline)
             return (yield)
         except BaseException:
             self._go_back()
             raise
+
+    def _look_for_files(self, pipeline: Pipeline) -> None:
+        from htr_pipeline.io.starting_point import StartingPoint
+
+        made, params = pipeline.all_outputs(), self._params
+        if "model" in made and (start := params["training"].start_from) and not start.startswith("models:"):
+            StartingPoint.find(start)
+        for output, names in _FILES_FOR.items():
+            for block, name in (name.split(".") for name in names if output in made):
+                place = getattr(params[block], name)
+                if place and not Path(place).exists():
+                    raise UserError(
+                        f"{block}.{name} = {place!r}: there is no such file or folder (working folder: {Path.cwd()})."
+                    )
+        if "model" in made:
+            check_place(params["checkpoint"].path)
 
     @hook_impl(wrapper=True)
     def after_pipeline_run(self) -> Generator[None, Any, Any]:
@@ -145,6 +162,9 @@ class LockHook:
             ) from None
         with contextlib.suppress(OSError):  # Windows: a locked file cannot be written or read by its name
             self._path.write_text(f"{os.getpid()}, since {datetime.now().astimezone().isoformat(' ', 'seconds')}")
+        for left in self._path.parent.glob("*/.partial-[0-9]*"):  # files of processes that were killed at them
+            if left.is_file():
+                left.unlink(missing_ok=True)
         try:
             return (yield)
         except BaseException:

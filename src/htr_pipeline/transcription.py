@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryFile
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError
+from htr_pipeline.io.atomic import check_writable
 from htr_pipeline.io.checkpoints import DAMAGED_ARCHIVE
 from htr_pipeline.io.exporters import (
     ProtectedFolders,
@@ -114,7 +114,10 @@ def transcribe(
     format = format or (source_format if source_format in _LAYOUTS else "tsv")
     protected = protected_folders(lines)
     check_output(output / REJECTED, protected)
-    _check_writable(output)  # now, not when all has been read
+    try:
+        check_writable(output)  # now, not when all has been read
+    except OSError as exc:
+        raise UserError(f"{output}: nothing can be written there ({exc.strerror}).") from exc
     if format in _LAYOUTS:
         of_format(rows, format)
     _warn_of_pages(rows)
@@ -159,15 +162,6 @@ def transcribe(
         num_kept=len(lines) - len(rows),
         num_rejected=len(rejected),
     )
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as exc:
-        raise UserError(f"{folder}: nothing can be written there ({exc.strerror}).") from exc
 
 
 def _load(model: StartingPoint, files: Mapping[str, Path]) -> "LineReader":

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 
@@ -10,6 +11,7 @@ class Settings:
     max_epochs: int = setting(default=30, minimum=1)
     learning_rate: float = setting(default=1e-3, minimum=0.0, maximum=1.0)
     optimiser: str = setting(default="adam", choices=("adam", "sgd"))
+    tolerance: float = setting(default=1.0)
     mixed_precision: bool = setting(default=False)
     patience_epochs: int | None = setting(default=None, minimum=1)
     splits: list[str] = setting(default=["train"])
@@ -53,7 +55,8 @@ def test_unknown_key_without_a_likeness_lists_what_is_allowed():
         ({"max_epochs": True}, r"training\.max_epochs = True: expected a whole number"),
         ({"max_epochs": None}, r"training\.max_epochs = None: expected a whole number"),
         ({"learning_rate": 1.5}, r"training\.learning_rate = 1\.5: expected a number from 0\.0 to 1\.0\."),
-        ({"learning_rate": float("nan")}, r"training\.learning_rate = nan: expected a number"),
+        ({"learning_rate": float("nan")}, r"training\.learning_rate = nan: expected a finite number"),
+        ({"tolerance": math.inf}, r"training\.tolerance = inf: expected a finite number\."),
         ({"optimiser": "adma"}, r"training\.optimiser = 'adma': expected one of 'adam', 'sgd'\."),
         ({"mixed_precision": 1}, r"training\.mixed_precision = 1: expected true or false\."),
         ({"patience_epochs": 0}, r"training\.patience_epochs = 0: expected a whole number or null of at least 1\."),

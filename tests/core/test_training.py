@@ -462,6 +462,27 @@ def test_a_network_that_does_not_read_yet_has_all_the_patience():
     assert (ended.ended_by, len(ended.history)) == ("epochs", 6)
 
 
+def test_network_that_is_no_number_is_not_the_best():
+    from htr_pipeline.core.model import build_model
+
+    model = build_model(ModelConfig(size="XS"), 11, 32, CONFIG.seed)
+    model.set_weights([np.full_like(weights, np.nan) for weights in model.get_weights()])
+    ended = run(config=dataclasses.replace(CONFIG, epochs=1, max_bad_batches=100), model=model)
+    assert math.isnan(ended.history[0]["validation_loss"])
+    assert ended.best_epoch == 0
+
+
+def test_batches_far_larger_than_the_set_cost_no_more():
+    from htr_pipeline.core.model import build_model
+    from htr_pipeline.core.training import Trainer
+
+    config = dataclasses.replace(CONFIG, batch_size=65_536)  # whose images alone would take 200 megabytes
+    trainer = Trainer(build_model(ModelConfig(size="XS"), 11, 32, CONFIG.seed), Charset("0123456789"), config)
+    lines = [drawn(index) for index in range(5)]
+    small = Trainer(trainer.model, trainer.charset, dataclasses.replace(config, batch_size=6))
+    assert trainer.validate(lines)[0] == small.validate(lines)[0]
+
+
 # --- one batch -------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ before any node runs.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -107,6 +108,8 @@ def _mismatch(value: Any, hint: Any, metadata: typing.Mapping[str, Any]) -> str 
         fits = int in kinds or float in kinds
     else:
         fits = isinstance(value, tuple(kinds))
+    if isinstance(value, float) and not math.isfinite(value):
+        fits, expected = False, expected.replace("a number", "a finite number")
     if fits and isinstance(value, int | float) and not isinstance(value, bool):
         fits = (low is None or value >= low) and (high is None or value <= high)
     if fits and choices is not None:

@@ -22,12 +22,12 @@ class TrainingConfig:
     """How long and how the network is trained."""
 
     epochs: int = setting(default=10, minimum=1)
-    max_minutes: float | None = setting(default=None, minimum=0.01)  # null: epochs alone end it
-    batch_size: int = setting(default=16, minimum=1)
+    max_minutes: float | None = setting(default=None, minimum=0.01, maximum=1e6)  # null: epochs alone end it
+    batch_size: int = setting(default=16, minimum=1, maximum=65_536)
     learning_rate: float = setting(default=6e-3, minimum=0.0, maximum=1.0)  # at its peak
     warmup_share: float = setting(default=0.02, minimum=0.0, maximum=0.5)  # of the whole training
-    weight_decay: float = setting(default=0.1, minimum=0.0)
-    gradient_clip_norm: float = setting(default=5.0, minimum=0.0)
+    weight_decay: float = setting(default=0.1, minimum=0.0, maximum=1.0)
+    gradient_clip_norm: float = setting(default=5.0, minimum=0.0, maximum=1e6)  # 0: never
     shortcut_weight: float = setting(default=0.1, minimum=0.0, maximum=1.0)
     label_smoothing: float = setting(default=0.0, minimum=0.0, maximum=1.0)
     buffer_lines: int = setting(default=4096, minimum=1)

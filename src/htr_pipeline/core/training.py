@@ -250,7 +250,7 @@ def train_network(
                 progress.notice(f"Epoch {row['epoch']}: {by_heart.sentence}", warning=True)
         state.history.append(row)
         state.epoch, state.batch, state.sums = state.epoch + 1, 0, {}
-        if score.cer < state.best_cer:
+        if score.cer < state.best_cer and not math.isnan(validation_loss):
             state.best_cer, state.best_epoch = score.cer, state.epoch
             best = model.get_weights()
         progress.epoch(state.history[-1], samples)
@@ -376,8 +376,9 @@ class Trainer:
     def validate(self, lines: list[Line]) -> tuple[float, LineScores, list[tuple[str, str]]]:
         """Mean loss of a line, scores, and five (reference, hypothesis) pairs."""
         total, references, hypotheses = 0.0, [], []
-        rows = self.distribution.rows(self.config.batch_size)
-        for members, batch in ordered_batches(lines, self.charset, self.config.batch_size):
+        batch_size = _even_batch_size(len(lines), self.config.batch_size, self.distribution.num_replicas)
+        rows = self.distribution.rows(batch_size)
+        for members, batch in ordered_batches(lines, self.charset, batch_size):
             losses, best_classes = self._evaluate(*(array[rows] for array in batch))
             total += float(tf.reduce_sum(losses))
             lengths = num_frames(batch.width_pixels)

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 
 # Of the name that a file under way has from its target: systems allow 255 bytes in all, a character has up to four.
 _MAX_NAME_CHARACTERS = 50
@@ -31,6 +32,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder where it is missing, and a file in it that goes again.
+
+    Raises:
+        OSError: it cannot be done.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
 
 
 def replace_folder(new: Path, old: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.io.atomic import replacing
+from htr_pipeline.io.atomic import check_writable, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,24 @@ logger = logging.getLogger(__name__)
 _UNREADABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.EIO, errno.ESTALE)
 # What reading a damaged .npz or .keras file may raise.
 DAMAGED_ARCHIVE = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def check_place(path: str) -> None:
+    """Whether a checkpoint can be kept there.
+
+    Raises:
+        UserError: it cannot.
+    """
+    place = Path(path)
+    try:
+        if not path or place.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "that is a folder")
+        check_writable(place.parent)
+    except OSError as exc:
+        raise UserError(
+            f"checkpoint.path = {path!r}: expected a file that can be written, such as data/06_models/checkpoint.npz "
+            f"({exc.strerror})."
+        ) from exc
 
 
 class FileCheckpoints:
