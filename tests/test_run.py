@@ -35,7 +35,7 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.io.starting_point import StartingPoint
 from htr_pipeline.pipelines import registration
-from htr_pipeline.pipelines.registration.nodes import RegistrationConfig, _champion
+from htr_pipeline.pipelines.registration.nodes import RegistrationConfig, find_champion
 
 ROOT = Path(__file__).parents[1]
 NO_CACHES = shutil.ignore_patterns("__pycache__")
@@ -484,11 +484,11 @@ def test_a_registry_that_does_not_answer_is_not_one_without_a_champion():
 
         return SimpleNamespace(get_registered_model=refuse)
 
-    assert _champion(answer(RESOURCE_DOES_NOT_EXIST), RegistrationConfig()) is None
+    assert find_champion(answer(RESOURCE_DOES_NOT_EXIST), RegistrationConfig()) is None
     with pytest.raises(MlflowException):
-        _champion(answer(PERMISSION_DENIED), RegistrationConfig())
+        find_champion(answer(PERMISSION_DENIED), RegistrationConfig())
     no_alias = SimpleNamespace(get_registered_model=lambda _: SimpleNamespace(aliases={"other": "1"}))
-    assert _champion(no_alias, RegistrationConfig()) is None
+    assert find_champion(no_alias, RegistrationConfig()) is None
 
 
 def test_the_notebook_runs_on_the_tables_of_the_catalog(toy):
@@ -789,6 +789,37 @@ def test_new_lines_without_a_model_or_with_wrong_settings_are_a_sentence(tmp_pat
         assert message in done.stderr
         assert "Traceback" not in done.stdout + done.stderr
     assert not (project / "mlflow.db").exists()
+
+
+# --- retraining ------------------------------------------------------------------------------------------------------
+
+
+def test_schedule_retrains_from_the_champion_where_lines_are_new(project):
+    def schedule(*arguments):
+        command = [sys.executable, "-m", "kedro", "schedule", "--env", "test", *arguments]
+        return subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
+
+    state = project / "data/.retrained.json"
+    broken = schedule("--params", "source.path=nowhere")
+    assert broken.returncode == 1
+    assert "Error: source.path = 'nowhere': there is no such file or folder" in broken.stderr
+    failed = schedule("--params", "language_model.arpa=nowhere")
+    assert failed.returncode == 1
+    assert "The run ended with exit code 1; the same lines count as new at the next look" in failed.stderr
+    assert not state.exists()
+    small = ("--params", "training.epochs=1")
+    done = schedule(*small)
+    assert done.returncode == 0, done.stderr
+    assert "56 lines, 56 of them new or with another text since nothing was retrained here yet." in done.stdout
+    command = "kedro run --env test --params training.epochs=1,training.start_from=models:/htr@champion"
+    assert f"$ {command}" in done.stdout
+    newest = mlflow_runs(project)[0]
+    assert (newest.info.status, newest.data.tags["command"]) == ("FINISHED", command)
+    num_runs = len(mlflow_runs(project))
+    again = schedule(*small)
+    assert (again.returncode, len(mlflow_runs(project))) == (0, num_runs)
+    assert "56 lines, 0 of them new" in again.stdout
+    assert "Nothing to do: retraining begins with 1." in again.stdout
 
 
 # --- one batch -------------------------------------------------------------------------------------------------------

@@ -6,8 +6,11 @@ import errno
 import functools
 import os
 import re
+import shlex
+import time
 import warnings
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import DECODERS
 from htr_pipeline.hooks import tracking_uri
 
+_RETRAINED = Path("data/.retrained.json")  # the lines of the last retraining by `kedro schedule`
+_SIGNALLED = 128  # exit codes above are of a process that was asked to stop
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORMATS = click.Choice(("page", "alto", "text", "tsv", "hocr"))  # io.exporters.FORMATS, which takes a while to import
 # How Kedro's ValueErrors begin about a pipeline, nodes and tags that there are not.
@@ -188,6 +193,71 @@ def transcribe(
     click.echo(f"Files in {output}: {len(done.files)}, for instance {done.files[0]}")
     if done.num_rejected:
         click.echo(f"Lines that could not be read: {done.num_rejected}; {output / REJECTED} says why.")
+
+
+@cli.command("schedule")
+@click.option("--every", help="How often to look, as 30m, 12h or 7d; default: once, for cron and the like.")
+@click.option(
+    "--min-new-lines", default=1, show_default=True, type=click.IntRange(1), help="With fewer, nothing is retrained."
+)
+@click.option("--env", "-e", default="finetune", show_default=True, help="Kedro environment of the runs.")
+@click.option("--params", default="", help="Settings of the runs, as for run.")
+def schedule(every: str | None, min_new_lines: int, env: str, params: str) -> None:
+    """Look for new transcriptions and, where there are any, run everything again from the champion.
+
+    The new model becomes the champion only if it reads the same test lines better.
+    """
+    from htr_pipeline.orchestration.schedule import parse_interval, seconds_to_next
+
+    with errors_in_words():
+        interval = parse_interval(every) if every else None
+    while True:
+        started = time.monotonic()
+        try:
+            with errors_in_words():
+                code = _look_and_retrain(min_new_lines, env, params)
+        except click.ClickException as exc:
+            if interval is None:
+                raise
+            exc.show()
+            code = exc.exit_code
+        if interval is None or code > _SIGNALLED:
+            raise SystemExit(code)
+        wait = seconds_to_next(started, time.monotonic(), interval)
+        click.echo(f"Next look at {datetime.now() + timedelta(seconds=wait):%Y-%m-%d %H:%M}. Ctrl-C ends this.")
+        time.sleep(wait)
+
+
+def _look_and_retrain(min_new_lines: int, env: str, params: str) -> int:
+    """Exit code of the run; 0 where none was needed."""
+    from htr_pipeline.orchestration.schedule import (
+        champion_uri,
+        in_words,
+        kedro_command,
+        look,
+        remember,
+        run_command,
+    )
+
+    context = _load_context(env, settings := _split_params(None, None, params))
+    os.chdir(context.project_path)
+    found = look(context.params, _RETRAINED)
+    click.echo(in_words(found))
+    if found.num_new < min_new_lines:
+        click.echo(f"Nothing to do: retraining begins with {min_new_lines}.")
+        return 0
+    start = None
+    if "start_from" not in settings.get("training", {}):
+        _use_mlflow(context)
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        start = champion_uri(context.params["registration"])
+    command = kedro_command(env, params, start)
+    click.echo(f"$ {shlex.join(['kedro', *command[3:]])}")
+    if code := run_command(command):
+        click.echo(f"The run ended with exit code {code}; the same lines count as new at the next look.", err=True)
+    else:
+        remember(found, _RETRAINED)
+    return code
 
 
 def _load_context(env: str | None, params: dict[str, Any] | None = None) -> KedroContext:

@@ -95,7 +95,7 @@ def register_model(
     client = mlflow.MlflowClient()
     tags = {tag: metrics[tag] for tag in ("signature", "data_hash", "test_hash", "model_hash")}
     tags |= {"cer": repr(cer), "learnt_test_lines": str(metrics["learnt_lines"]["test"])}
-    champion, number = _champion(client, registration), _registered_by_this_run(client, registration, tags)
+    champion, number = find_champion(client, registration), _registered_by_this_run(client, registration, tags)
     is_own = champion is not None and str(champion.version) == number  # the run was killed behind that
     champion = None if is_own else champion
     champion_cer, problem = _champion_cer(champion, features, manifest, metrics) if champion else (None, None)
@@ -163,7 +163,12 @@ def _registered_by_this_run(client: Any, registration: RegistrationConfig, tags:
     return next((str(v.version) for v in found if v.run_id == run_id and v.tags == tags), None)
 
 
-def _champion(client: Any, registration: RegistrationConfig) -> Any | None:
+def find_champion(client: Any, registration: RegistrationConfig) -> Any | None:
+    """MLflow's version that has the alias; None where there is none yet.
+
+    Raises:
+        MlflowException: the registry does not answer, or refuses.
+    """
     from mlflow.exceptions import MlflowException
 
     try:

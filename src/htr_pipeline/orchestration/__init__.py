@@ -1,0 +1,1 @@
+"""Runs of the pipelines that nobody starts by hand."""

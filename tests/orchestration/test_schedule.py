@@ -1,0 +1,99 @@
+"""When to retrain: what a look at real lines finds, and what happens to the process that retrains."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.io.importers import SourceConfig, SourcesConfig
+from htr_pipeline.io.importers.demo import DemoConfig
+from htr_pipeline.orchestration.schedule import (
+    in_words,
+    kedro_command,
+    look,
+    parse_interval,
+    remember,
+    seconds_to_next,
+)
+from tests.io.samples import RESOURCES
+
+
+@pytest.fixture
+def lines(tmp_path):
+    return shutil.copytree(RESOURCES / "lines", tmp_path / "lines", ignore=shutil.ignore_patterns("invalid"))
+
+
+def params_of(lines, **others):
+    sources = SourcesConfig(**{name: {"path": str(path)} for name, path in others.items()})
+    return {"source": SourceConfig(path=str(lines)), "sources": sources, "demo": DemoConfig()}
+
+
+def test_lines_are_new_until_they_were_retrained_and_again_with_another_text(lines, tmp_path):
+    state = tmp_path / "data/.retrained.json"
+    first = look(params_of(lines), state)
+    assert (len(first.lines), first.num_new, first.last) == (4, 4, "")
+    assert look(params_of(lines), state).num_new == 4  # nothing was retrained, as after a run that failed
+    remember(first, state)
+    assert look(params_of(lines), state).num_new == 0
+    (lines / "anna/p1_01.gt.txt").write_text("Ein anderes Wort", encoding="utf-8")
+    shutil.copytree(lines / "bert", lines / "dora")
+    shutil.copytree(lines / "bert", tmp_path / "more" / "w")
+    (tmp_path / "more/w/p1_01.gt.txt").write_text("Noch eins", encoding="utf-8")
+    assert look(params_of(lines), state).num_new == 1  # what lies there twice is no other line
+    again = look(params_of(lines, first=lines, second=tmp_path / "more"), state)
+    assert again.num_new == 2
+    assert in_words(again).startswith("5 lines, 2 of them new or with another text since the last retraining (20")
+    (lines / "anna/p1_01.gt.txt").unlink()
+    assert look(params_of(lines), state).num_new == 0  # removed lines are no reason
+
+
+def test_damaged_state_counts_as_none(lines, tmp_path, caplog):
+    state = tmp_path / "state.json"
+    for content in ("{", "[]", '{"lines": 3, "at": ""}'):
+        state.write_text(content)
+        assert look(params_of(lines), state).num_new == 4
+    assert caplog.text.count("all lines count as new") == 3
+
+
+def test_source_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"sources\.letters: source\.path = .*there is no such file or folder"):
+        look(params_of("unused", letters=tmp_path / "nowhere"), tmp_path / "state.json")
+
+
+def test_command_starts_from_the_champion_unless_told_otherwise():
+    assert kedro_command("finetune", "", None)[1:] == ["-m", "kedro", "run", "--env", "finetune"]
+    command = kedro_command("test", "training.epochs=2", "models:/htr@champion")
+    assert command[-2:] == ["--params", "training.epochs=2,training.start_from=models:/htr@champion"]
+
+
+def test_intervals():
+    assert [parse_interval(text) for text in ("30m", "12h", " 7 D")] == [1800.0, 43200.0, 604800.0]
+    for wrong in ("", "0h", "1w", "-3h", "1.5h", "12"):
+        with pytest.raises(UserError, match="expected a number of minutes, hours or days, such as 30m, 12h or 7d"):
+            parse_interval(wrong)
+    assert seconds_to_next(100.0, 130.0, 60.0) == 30.0
+    assert seconds_to_next(100.0, 300.0, 60.0) == 40.0  # the looks at 160, 220 and 280 are not made up for
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_ends_with_the_one_that_waits_for_it(tmp_path, sign):
+    program = "import sys, time; open(sys.argv[1], 'w'); time.sleep(60)"
+    waiting = f"""
+import sys
+from htr_pipeline.orchestration.schedule import run_command
+sys.exit(run_command([sys.executable, "-c", {program!r}, {str(tmp_path / "began")!r}]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", waiting], start_new_session=True, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "began").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    if sign == signal.SIGINT:  # as a terminal sends it: to both
+        os.killpg(process.pid, sign)
+    else:
+        process.send_signal(sign)
+    assert process.wait(30) == 128 + sign
