@@ -132,6 +132,24 @@ def test_ties_by_hand():
     np.testing.assert_allclose(alignment.score, [-4 * math.log(3)] * 2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("common", [1e9, 1e17, -1e30])
+def test_what_all_classes_of_a_frame_have_in_common_changes_no_path(common):
+    logits = np.random.default_rng(0).normal(size=(1, 8, 4)).astype(np.float32)
+    logits[0, 3] = 0.0
+    expected = forced_align([[0, 1, 0]], logits, [3]).path.numpy().tolist()
+    logits[0, 3] = common
+    assert forced_align([[0, 1, 0]], logits, [3]).path.numpy().tolist() == expected
+
+
+def test_line_whose_score_float32_cannot_hold_has_no_alignment():
+    logits = np.zeros((1, 3, 3), np.float32)
+    logits[..., 0] = tf.float32.min
+    found = forced_align([[0, 0]], logits, [2], blank_index=1)
+    assert found.score.numpy().tolist() == [-math.inf]
+    assert found.path.numpy().tolist() == [[-1, -1, -1]]
+    assert not found.frame_spans.numpy().any()
+
+
 def test_label_score_is_the_mean_over_the_span():
     # Blank last. A with 0.5 and 0.8 in the first two frames, blank, B with 0.6: the path A A _ B.
     probabilities = [[0.5, 0.1, 0.4], [0.8, 0.1, 0.1], [0.1, 0.1, 0.8], [0.2, 0.6, 0.2]]

@@ -174,7 +174,11 @@ def test_repeated_label_needs_a_blank_between():
 
 @pytest.mark.parametrize(
     ("labels", "label_length", "message"),
-    [([[1, 1]], [3], "expected 0 to 2"), ([[1, 1]], [-1], "expected 0 to 2"), ([[1], [2]], [1], "2 rows")],
+    [
+        ([[1, 1]], [3], "row 0 has label_length 3.*2 wide"),
+        ([[1, 1]], [-1], "label_length -1"),
+        ([[1], [2]], [1], "2 rows"),
+    ],
 )
 def test_required_frames_of_lengths_that_do_not_fit_are_refused(labels, label_length, message):
     with pytest.raises(ValueError, match=message):
@@ -262,6 +266,42 @@ def test_infeasible_row_leaves_its_neighbours_untouched():
     with tf.GradientTape() as tape:
         kept = tf.boolean_mask(ctc_loss(labels, weighted, lengths), [True, False, True])
     np.testing.assert_array_equal(tape.gradient(kept, weighted), gradient)
+
+
+@KERNELS
+def test_nan_logits_leave_no_gradient_of_their_line_that_looks_like_one(run):
+    logits = np.random.default_rng(2).normal(size=(2, 4, 3)).astype(np.float32)
+    logits[0, 1, 2] = np.nan
+    _, gradient = loss_and_gradient([[0, 1], [0, 1]], logits, [2, 2], [3, 4], run=run)
+    assert np.isnan(gradient).all(axis=2).tolist() == [[True, True, True, False], [False] * 4]
+
+
+@KERNELS
+def test_loss_that_its_type_cannot_hold_is_one_that_no_alignment_fits(run):
+    logits = np.zeros((1, 3, 3), np.float32)
+    logits[..., 0] = tf.float32.min
+    for infeasible, expected in (("inf", np.inf), ("zero", 0.0)):
+        loss, gradient = loss_and_gradient([[0, 0]], logits, [2], [3], run=run, blank_index=1, infeasible=infeasible)
+        assert (loss.tolist(), gradient.any()) == ([expected], False)
+
+
+def test_entries_of_a_sparse_tensor_in_any_order_are_the_same_label():
+    logits = np.random.default_rng(3).normal(size=(3, 6, 5)).astype(np.float32)
+    mixed = tf.SparseTensor([[2, 0], [0, 1], [0, 0], [1, 0], [1, 1]], [2, 3, 0, 1, 2], [3, 3])
+    assert ctc_loss(mixed, logits).numpy().tolist() == ctc_loss(tf.sparse.reorder(mixed), logits).numpy().tolist()
+    assert required_frames(tf.SparseTensor([[0, 1], [0, 2], [0, 0]], [1, 2, 1], [1, 3])).numpy() == [4]
+
+
+def test_lengths_of_concatenated_labels_that_wrap_around_are_refused():
+    with pytest.raises(ValueError, match="Concatenated labels are 2, label_length adds up to 4294967298"):
+        ctc_loss([0, 1], np.zeros((3, 4, 5), np.float32), [2**31 - 1, 2**31 - 1, 4])
+
+
+def test_one_length_is_not_that_of_all_rows():
+    shapes = [tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)]
+    in_graph = tf.function(required_frames, input_signature=shapes)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        in_graph(tf.zeros([3, 3], tf.int32), tf.constant([2]))
 
 
 def test_nan_logits_inside_a_line_stay_visible():

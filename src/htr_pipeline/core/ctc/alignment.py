@@ -149,6 +149,7 @@ def _viterbi(lines: Lines, blank_index: int, time_major: bool, merge: bool) -> t
     feasible |= tf.reduce_any(tf.math.is_nan(logits), axis=[1, 2])  # NaN logits stay visible
     score = tf.where(feasible, tf.reduce_sum(frame_scores, axis=1), -math.inf)
     score = tf.where(tf.equal(status, FINE), score, math.nan)
+    score = tf.cast(tf.cast(score, real), tf.float64)  # -inf is also what float32 cannot hold
     is_aligned = tf.math.is_finite(score)
 
     # (B, T, N), which XLA never stores: states only grow, so that counting frames finds a label's first and last.
@@ -170,8 +171,9 @@ def _viterbi(lines: Lines, blank_index: int, time_major: bool, merge: bool) -> t
 def _best_states(trellis: Trellis, label_length: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """State of the best path in each frame, behind the end of a line the one it ended in; whether there is a path.
 
-    Logits are added up as they come: what the softmax takes off them is the same for all paths. So the sums of float32
-    logits are nearly always exact in float64, and so is the choice between paths.
+    Logits are added up without their softmax: what it takes off them is the same for all paths. But for the largest of
+    the frame, which they may have in common, the sums of float32 logits are nearly always exact in float64, and so is
+    the choice between paths.
 
     Args:
         trellis: the batch.
@@ -181,7 +183,8 @@ def _best_states(trellis: Trellis, label_length: tf.Tensor) -> tuple[tf.Tensor, 
         (B, T) int32; (B,) bool.
     """
     states, stays, skipped_into = trellis.states, trellis.stays, trellis.skipped_into
-    emissions = tf.transpose(tf.gather(trellis.logits, states, axis=2, batch_dims=1), [1, 0, 2])  # (T, B, S)
+    relative = tf.cast(trellis.logits, tf.float64) - tf.cast(trellis.largest, tf.float64)
+    emissions = tf.transpose(tf.gather(relative, states, axis=2, batch_dims=1), [1, 0, 2])  # (T, B, S)
     forbidden = tf.constant(-math.inf, tf.float64)
     num_frames, num_states = tf.shape(emissions)[0], tf.shape(states)[1]
     in_line = tf.transpose(trellis.in_line)[:, :, tf.newaxis]  # (T, B, 1)
@@ -194,7 +197,7 @@ def _best_states(trellis: Trellis, label_length: tf.Tensor) -> tuple[tf.Tensor, 
         best = tf.maximum(stay, step)
         move = tf.where(skip > best, 2, tf.where(step > stay, 1, 0))
         moves = moves.write(t, tf.cast(tf.where(in_line[t], move, 0), tf.int8))
-        arrived = tf.maximum(best, skip) + tf.cast(emissions[t], tf.float64)
+        arrived = tf.maximum(best, skip) + emissions[t]
         return t + 1, tf.ensure_shape(tf.where(in_line[t], arrived, score), score.shape), moves
 
     # Before the first frame: as if a blank had been there.

@@ -73,6 +73,7 @@ def dense_labels(labels: Any, label_length: Any) -> tuple[tf.Tensor, tf.Tensor]:
     if isinstance(labels, tf.SparseTensor):
         if labels.shape.rank not in (2, None):
             raise ValueError(f"labels have shape {labels.shape}: expected (batch, labels).")
+        labels = tf.sparse.reorder(labels)
         # Rows are packed: a gap between two entries of a row is not a label.
         labels = tf.RaggedTensor.from_value_rowids(labels.values, labels.indices[:, 0], nrows=labels.dense_shape[0])
     if isinstance(labels, tf.RaggedTensor):
@@ -92,12 +93,13 @@ def dense_labels(labels: Any, label_length: Any) -> tuple[tf.Tensor, tf.Tensor]:
             "Where a tf.function does not know it, tf.ensure_shape tells."
         )
     if labels.shape.rank == 1:
-        if tf.executing_eagerly() and (tf.reduce_min(label_length) < 0 or tf.reduce_sum(label_length) != len(labels)):
+        lengths = tf.cast(label_length, tf.int64)  # whose sum no two lengths can carry over the edge
+        if tf.executing_eagerly() and (tf.reduce_any(lengths < 0) or tf.reduce_sum(lengths) != len(labels)):
             raise ValueError(
-                f"Concatenated labels are {len(labels)}, label_length adds up to {tf.reduce_sum(label_length)}: "
+                f"Concatenated labels are {len(labels)}, label_length adds up to {tf.reduce_sum(lengths)}: "
                 "expected lengths of at least 0 that add up to the number of labels."
             )
-        labels = tf.RaggedTensor.from_row_lengths(labels, label_length).to_tensor()
+        labels = tf.RaggedTensor.from_row_lengths(labels, lengths).to_tensor()
     return labels, label_length
 
 
@@ -214,12 +216,16 @@ def report(
         return []
     first_frames = lines.logits[:1] if time_major else tf.transpose(lines.logits[:, :1], [1, 0, 2])
 
-    def look(status: Any, first_frames: Any, labels: Any, label_length: Any, logit_length: Any) -> None:
-        raise_problems(status, worst_allowed, labels, label_length, logit_length, collapse, merge)
+    def look(status: Any, first_frames: Any, labels: Any, label_length: Any, logit_length: Any, shape: Any) -> None:
+        num_frames, num_classes = shape[0 if time_major else 1], shape[2]
+        raise_problems(
+            status, worst_allowed, labels, label_length, logit_length, num_frames, num_classes, collapse, merge
+        )
         if len(first_frames):
             warn_if_softmaxed(first_frames[0], logit_length)
 
     arguments = [status, tf.cast(first_frames, tf.float32), lines.labels, lines.label_length, lines.logit_length]
+    arguments.append(tf.shape(lines.logits))
     if tf.executing_eagerly():
         look(*(tensor.numpy() for tensor in arguments))
         return []

@@ -73,6 +73,7 @@ def loss_and_gradient(
     real = trellis.logits.dtype
     log_likelihood, feasible, (posterior,) = _forward_backward(trellis)
     loss = tf.cast(tf.maximum(tf.reduce_sum(trellis.log_sums, axis=1) - log_likelihood, 0.0), real)
+    feasible &= loss < math.inf  # which float32 cannot hold
     feasible |= tf.math.is_nan(loss)  # NaN logits stay visible
     loss = tf.where(feasible, loss, tf.constant(math.inf, real))
     is_fine = tf.equal(rows.status, FINE)
@@ -82,6 +83,7 @@ def loss_and_gradient(
     # Dividing by the sum keeps rounding from growing with T.
     posterior = _per_class(posterior, trellis)
     gradient = trellis.softmax - posterior / tf.reduce_sum(posterior, axis=2, keepdims=True)
+    gradient = tf.where(tf.math.is_nan(loss)[:, tf.newaxis, tf.newaxis], tf.constant(math.nan, real), gradient)
     gradient = _in_layout(gradient, trellis.in_line & feasible[:, tf.newaxis], frames_given, time_major)
     return loss, gradient, status
 

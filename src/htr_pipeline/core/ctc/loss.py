@@ -62,7 +62,7 @@ def ctc_loss(
     Raises:
         ValueError: a rank, type or option does not fit, a label holds the blank or a class out of range, a length is
             negative or too large. In a graph wrong values give InvalidArgumentError. In a caller compiled with
-            jit_compile=True, which has no assertions, the row has loss NaN and gradient 0.
+            jit_compile=True, which has no assertions, the row has loss NaN and gradient 0, and "raise" is as "inf".
 
     Note:
         On a GPU and in callers with jit_compile=True, XLA compiles once for every combination of B, T and N: bring
@@ -114,8 +114,16 @@ def required_frames(labels: Any, label_length: Any = None) -> tf.Tensor:
     labels, label_length = dense_labels(labels, label_length)
     if not labels.shape[:1].is_compatible_with(label_length.shape):
         raise ValueError(f"labels have {labels.shape[0]} rows, label_length has {label_length.shape[0]}.")
-    if tf.executing_eagerly() and tf.reduce_any((label_length < 0) | (label_length > tf.shape(labels)[1])):
-        raise ValueError(f"label_length = {label_length.numpy().tolist()}: expected 0 to {labels.shape[1]}.")
+    if tf.executing_eagerly():
+        wrong = tf.where((label_length < 0) | (label_length > labels.shape[1]))[:, 0].numpy().tolist()
+        if wrong:
+            found = label_length[wrong[0]]
+            raise ValueError(
+                f"{len(wrong)} of {len(label_length)} rows: row {wrong[0]} has label_length {found}, and labels are "
+                f"{labels.shape[1]} wide."
+            )
+    else:  # a single length would be taken for all rows
+        label_length = tf.concat([tf.zeros([tf.shape(labels)[0], 0], tf.int32), label_length[:, tf.newaxis]], 1)[:, 0]
     pairs = tf.sequence_mask(label_length - 1, tf.maximum(tf.shape(labels)[1] - 1, 0))
     equal = (labels[:, 1:] == labels[:, :-1]) & pairs
     return label_length + tf.reduce_sum(tf.cast(equal, tf.int32), axis=1)
@@ -138,7 +146,10 @@ def _loss_and_gradient(lines: Lines, options: _Options, worst_allowed: int) -> t
 
     def compute(labels: Any, logits: Any, label_length: Any, logit_length: Any) -> tuple[np.ndarray, ...]:
         found = kernel_cpu.loss_and_gradient(labels, logits, label_length, logit_length, **options._asdict())
-        raise_problems(found[2], worst_allowed, labels, label_length, logit_length, options.collapse, options.merge)
+        num_frames, num_classes = logits.shape[0 if options.time_major else 1], logits.shape[2]
+        raise_problems(
+            found[2], worst_allowed, labels, label_length, logit_length, num_frames, num_classes, *options[2:]
+        )
         if logits.size:
             warn_if_softmaxed(logits[0] if options.time_major else logits[:, 0], logit_length)
         return found

@@ -29,6 +29,8 @@ def raise_problems(
     labels: np.ndarray,
     label_length: np.ndarray,
     logit_length: np.ndarray,
+    num_frames: int,
+    num_classes: int,
     collapse: bool,
     merge: bool,
 ) -> None:
@@ -40,6 +42,8 @@ def raise_problems(
         labels: (B, N) as the caller gave them.
         label_length: (B,) as the caller gave them.
         logit_length: (B,) as the caller gave them.
+        num_frames: T of the logits.
+        num_classes: K of the logits.
         collapse: preprocess_collapse_repeated.
         merge: ctc_merge_repeated.
     """
@@ -51,14 +55,19 @@ def raise_problems(
         if worst == LABEL_LENGTH:
             return f"label_length {label_length[row]}, and labels are {labels.shape[1]} wide"
         if worst == LOGIT_LENGTH:
-            return f"logit_length {logit_length[row]}"
+            return f"logit_length {logit_length[row]}, and there are {num_frames} frames"
         label = labels[row, : label_length[row]]
+        if worst == CLASS_OUT_OF_RANGE:
+            wrong = label[(label < 0) | (label >= num_classes)]
+            return f"the class {wrong[0]}, and there are {num_classes}"
         if worst != INFEASIBLE:
             return f"the label {label.tolist()}"
         repeats = int((label[1:] == label[:-1]).sum())
         needed = len(label) - repeats if collapse else len(label) + repeats * merge
         return f"{len(label)} labels that need {needed} frames, and {logit_length[row]} frames"
 
+    if worst == BLANK_INDEX:
+        raise ValueError(f"{_MESSAGES[worst]} These have {num_classes} classes.")
     rows = np.flatnonzero(status == worst)
     named = "; ".join(f"row {row} has {in_words(row)}" for row in rows[:_ROWS_NAMED])
     more = ", ..." if len(rows) > _ROWS_NAMED else ""
