@@ -53,7 +53,7 @@ serve: MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
 serve: MODEL ?= models:/htr@champion
 serve: $(INSTALLED) ## the champion on http://127.0.0.1:5001/invocations: line images in, texts out (README)
 	@test "$(MLFLOW_TRACKING_URI)" != sqlite:///mlflow.db || test -f mlflow.db || { echo "There is no model yet: make run trains and registers one."; exit 1; }
-	PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI="$(MLFLOW_TRACKING_URI)" $(BIN)/mlflow models serve -m $(MODEL) --env-manager local --host 127.0.0.1 --port 5001
+	PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI="$(MLFLOW_TRACKING_URI)" $(BIN)/mlflow models serve -m "$(MODEL)" --env-manager local --host 127.0.0.1 --port 5001
 
 viz: $(INSTALLED) ## the pipelines drawn by kedro-viz on http://127.0.0.1:4141
 	$(BIN)/kedro viz run --host 127.0.0.1 --port 4141

@@ -105,6 +105,19 @@ def test_the_column_of_images_is_taken_by_its_name_or_as_the_only_one(tmp_path, 
         loaded.predict(None, pd.DataFrame({"id": [1, 2, 3], "scan": images}))
 
 
+def test_one_image_is_one_line_and_what_is_none_is_said(tmp_path, network, images):
+    loaded = reader(tmp_path, network, DecodingConfig(decoder="greedy"))
+    (tmp_path / "line.png").write_bytes(images[0])
+    first = read(loaded, images[:1])
+    array = np.asarray(Image.open(io.BytesIO(images[0])))
+    for one in (images[0], str(tmp_path / "line.png"), tmp_path / "line.png", array, {"image": images[0]}):
+        pd.testing.assert_frame_equal(loaded.predict(None, one), first)
+    for nothing in (None, 5):
+        assert "an image is given as a path, as bytes or as an array" in loaded.predict(None, nothing)["error"][0]
+    with pytest.raises(MlflowException, match="not equally many values: image, x"):
+        loaded.predict(None, {"image": images, "x": [1]})
+
+
 def test_images_may_be_arrays_and_a_network_alone_reads_greedily(tmp_path, network, images):
     decoding = DecodingConfig(decoder="greedy", looks=3)
     whole = reader(tmp_path, network, decoding)

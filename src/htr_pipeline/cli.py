@@ -24,10 +24,9 @@ from kedro.validation.exceptions import ParameterValidationError
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import DECODERS
-from htr_pipeline.hooks import tracking_uri
+from htr_pipeline.io.tracking import database_of, tracking_uri, without_passwords
 
 _RETRAINED = Path("data/.retrained.json")  # the lines of the last retraining by `kedro schedule`
-_SIGNALLED = 128  # exit codes above are of a process that was asked to stop
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORMATS = click.Choice(("page", "alto", "text", "tsv", "hocr"))  # io.exporters.FORMATS, which takes a while to import
 # How Kedro's ValueErrors begin about a pipeline, nodes and tags that there are not.
@@ -63,6 +62,10 @@ def errors_in_words() -> Iterator[None]:
                 raise click.ClickException(
                     f"There is no room left to write to ({cause}). Make room: the same command goes on with what was "
                     "finished."
+                ) from exc
+            if type(cause).__name__ == "MlflowException":  # which is not imported for every command
+                raise click.ClickException(
+                    f"MLflow: {without_passwords(str(cause))}\nThe same command goes on with what was finished."
                 ) from exc
             if isinstance(cause, MissingConfigException) or str(cause).startswith(_MISTYPED):
                 raise click.ClickException(str(cause)) from exc
@@ -162,7 +165,7 @@ def transcribe(
             model = f"models:/{registration.model_name}@{registration.alias}"
         if model.startswith("models:"):
             uri = _use_mlflow(context)
-            if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+            if (database := database_of(uri)) and not database.exists():
                 raise UserError(  # MLflow would make a database
                     f"{uri}: no model has been registered there. `kedro run` trains and registers one; --model starter "
                     "reads with the network that the package brings along."
@@ -221,7 +224,7 @@ def schedule(every: str | None, min_new_lines: int, env: str, params: str) -> No
                 raise
             exc.show()
             code = exc.exit_code
-        if interval is None or code > _SIGNALLED:
+        if interval is None:
             raise SystemExit(code)
         wait = seconds_to_next(started, time.monotonic(), interval)
         click.echo(f"Next look at {datetime.now() + timedelta(seconds=wait):%Y-%m-%d %H:%M}. Ctrl-C ends this.")
@@ -230,33 +233,26 @@ def schedule(every: str | None, min_new_lines: int, env: str, params: str) -> No
 
 def _look_and_retrain(min_new_lines: int, env: str, params: str) -> int:
     """Exit code of the run; 0 where none was needed."""
-    from htr_pipeline.orchestration.schedule import (
-        champion_uri,
-        in_words,
-        kedro_command,
-        look,
-        remember,
-        run_command,
-    )
+    from htr_pipeline.orchestration import schedule as retraining
 
     context = _load_context(env, settings := _split_params(None, None, params))
     os.chdir(context.project_path)
-    found = look(context.params, _RETRAINED)
-    click.echo(in_words(found))
+    found = retraining.look(context.params, _RETRAINED)
+    click.echo(retraining.in_words(found))
     if found.num_new < min_new_lines:
         click.echo(f"Nothing to do: retraining begins with {min_new_lines}.")
         return 0
+    asked = retraining.kedro_command(env, params)
     start = None
     if "start_from" not in settings.get("training", {}):
-        _use_mlflow(context)
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        start = champion_uri(context.params["registration"])
-    command = kedro_command(env, params, start)
-    click.echo(f"$ {shlex.join(['kedro', *command[3:]])}")
-    if code := run_command(command):
+        start = retraining.start_of(found, asked, _use_mlflow(context), context.params["registration"])
+    command = retraining.kedro_command(env, params, start)
+    click.echo(f"$ {shlex.join(['kedro', *command])}")
+    retraining.begin(found, asked, start, _RETRAINED)
+    if code := retraining.run_kedro(command):
         click.echo(f"The run ended with exit code {code}; the same lines count as new at the next look.", err=True)
     else:
-        remember(found, _RETRAINED)
+        retraining.remember(found, _RETRAINED)
     return code
 
 

@@ -28,6 +28,7 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import DECODERS
 from htr_pipeline.io.atomic import replacing
 from htr_pipeline.io.checkpoints import FileCheckpoints, check_place
+from htr_pipeline.io.tracking import database_of, mlflow_error, shown_uri, tracking_uri
 
 logger = logging.getLogger(__name__)
 
@@ -236,9 +237,9 @@ class MlflowHook:
                 mlflow.end_run("KILLED")
         uri = tracking_uri(self._project, self._settings)
         mlflow.set_tracking_uri(uri)
-        database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+        database = database_of(uri)
         if database is None:
-            logger.info("MLflow is at %s.", uri)
+            logger.info("MLflow is at %s.", shown_uri(uri))
         try:
             if database:
                 self._open(database)
@@ -247,7 +248,7 @@ class MlflowHook:
         except (MlflowException, OSError) as exc:
             with contextlib.suppress(Exception):  # the server may be gone
                 mlflow.end_run("KILLED")  # the same command goes on in it
-            raise UserError(f"MLflow at {uri}: {exc}") from exc
+            raise mlflow_error(uri, exc) from exc
 
     def _open(self, database: Path) -> None:
         """Makes an empty database in one step: of half a one, by a process that was killed, MLflow can make nothing."""
@@ -416,13 +417,6 @@ class MlflowHook:
         }
 
 
-def tracking_uri(project: Path, settings: dict[str, Any]) -> str:
-    """Where MLflow is, by the environment or by mlflow.yml; a database's relative path is meant from the project."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or settings["tracking_uri"]
-    local = uri.removeprefix("sqlite:///")
-    return uri if local == uri or local.startswith("/") else f"sqlite:///{project / local}"
-
-
 def _asked(run_params: dict[str, Any]) -> dict[str, str | bool]:
     """The options that were given, their names sorted: Kedro has those of pipelines in any order, another each time."""
     given = {option: run_params.get(key) for option, key in _OPTIONS.items()}
@@ -490,7 +484,9 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
 
     champion = f"alias {registration['alias']}: version {registration['champion_version']}"
     uri, model = registration["tracking_uri"], f"models:/{registration['name']}@{registration['alias']}"
-    serve = "make serve" if model == "models:/htr@champion" else f"make serve MODEL={model}"
+    default = "models:/htr@champion"
+    serve = "make serve" if model == default else f"make serve MODEL={shlex.quote(model)}"
+    read = "kedro transcribe FOLDER --output out" + ("" if model == default else f" --model {shlex.quote(model)}")
     ui = "make ui    # runs and models in MLflow, on http://127.0.0.1:5000"
     if uri != "sqlite:///mlflow.db":
         serve, ui = f"MLFLOW_TRACKING_URI={uri} {serve}", f"{uri}    # runs and models in MLflow"
@@ -517,6 +513,6 @@ def _print_summary(catalog: DataCatalog, docs: Path, run_id: str) -> None:
         f"  {ui}",
         f"  {serve}    # the model as a service",
         "  .venv/bin/kedro run --env finetune --params source.path=FOLDER    # your lines",
-        "  .venv/bin/kedro transcribe FOLDER --output out    # new lines, read by the champion",
+        f"  .venv/bin/{read}    # new lines, read by the champion",
     ]
     sys.stdout.write("\n".join(lines) + "\n")

@@ -177,9 +177,13 @@ def _is_served() -> bool:
 
 def _images(model_input: pd.DataFrame | Mapping[str, Any] | Iterable[Any]) -> list[Any]:
     if isinstance(model_input, Mapping):  # of a request's "inputs", which has columns too
-        model_input = pd.DataFrame({name: _as_list(column) for name, column in model_input.items()})
+        columns = {name: _as_list(column) for name, column in model_input.items()}
+        if len(set(map(len, columns.values()))) > 1:
+            raise UserError("The columns have not equally many values: " + ", ".join(map(str, columns)) + ".")
+        model_input = pd.DataFrame(columns)
     if not isinstance(model_input, pd.DataFrame):
-        return list(model_input)
+        is_image = isinstance(model_input, np.ndarray) and model_input.ndim == 2 and model_input.dtype == np.uint8
+        return [model_input] if is_image else _as_list(model_input)
     if "image" in model_input:
         return list(model_input["image"])
     if model_input.empty:  # of an empty list of records, which has no columns
@@ -193,7 +197,9 @@ def _as_list(column: Any) -> list[Any]:
     """The values of a column, which may be a single one. NumPy would cut zeros off the end of bytes."""
     if isinstance(column, np.ndarray) and not column.ndim:
         return [column.item()]
-    return [column] if isinstance(column, str | bytes) else list(column)
+    if isinstance(column, str | bytes | bytearray | memoryview | Path) or not isinstance(column, Iterable):
+        return [column]
+    return list(column)
 
 
 def _grey(image: Any) -> np.ndarray:

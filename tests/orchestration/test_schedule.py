@@ -13,13 +13,16 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.io.importers import SourceConfig, SourcesConfig
 from htr_pipeline.io.importers.demo import DemoConfig
 from htr_pipeline.orchestration.schedule import (
+    begin,
     in_words,
     kedro_command,
     look,
     parse_interval,
     remember,
     seconds_to_next,
+    start_of,
 )
+from htr_pipeline.pipelines.registration.nodes import RegistrationConfig
 from tests.io.samples import RESOURCES
 
 
@@ -54,7 +57,7 @@ def test_lines_are_new_until_they_were_retrained_and_again_with_another_text(lin
 
 def test_damaged_state_counts_as_none(lines, tmp_path, caplog):
     state = tmp_path / "state.json"
-    for content in ("{", "[]", '{"lines": 3, "at": ""}'):
+    for content in ("{", "[]", '{"lines": 3, "at": "", "unfinished": null}'):
         state.write_text(content)
         assert look(params_of(lines), state).num_new == 4
     assert caplog.text.count("all lines count as new") == 3
@@ -65,10 +68,39 @@ def test_source_that_cannot_be_read_is_named(tmp_path):
         look(params_of("unused", letters=tmp_path / "nowhere"), tmp_path / "state.json")
 
 
-def test_command_starts_from_the_champion_unless_told_otherwise():
-    assert kedro_command("finetune", "", None)[1:] == ["-m", "kedro", "run", "--env", "finetune"]
+def test_command_has_what_was_asked_for_and_the_start():
+    assert kedro_command("finetune", "") == ["run", "--env", "finetune"]
     command = kedro_command("test", "training.epochs=2", "models:/htr@champion")
     assert command[-2:] == ["--params", "training.epochs=2,training.start_from=models:/htr@champion"]
+
+
+def test_what_has_not_ended_well_goes_on_from_where_it_began(lines, tmp_path):
+    """Its own model may be the champion by now, and from that it would begin anew."""
+    state, asked = tmp_path / "state.json", kedro_command("test", "")
+    database = tmp_path / "mlflow.db"
+
+    def start(found, asked=asked):
+        return start_of(found, asked, f"sqlite:///{database}", RegistrationConfig())
+
+    found = look(params_of(lines), state)
+    assert start(found) is None
+    assert not database.exists()  # MLflow would have made it
+    begin(found, asked, "models:/htr@champion", state)
+    again = look(params_of(lines), state)
+    assert (again.num_new, start(again)) == (4, "models:/htr@champion")
+    assert start(again, kedro_command("test", "training.epochs=2")) is None
+    begin(again, asked, None, state)
+    assert start(look(params_of(lines), state)) is None
+    remember(again, state)
+    assert look(params_of(lines), state).unfinished is None
+
+
+def test_mlflow_that_does_not_answer_is_named_without_its_password(lines, tmp_path):
+    found = look(params_of(lines), tmp_path / "state.json")
+    with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9: ") as error:
+        start_of(found, [], "http://bob:S3cret@127.0.0.1:9", RegistrationConfig())
+    assert "S3cret" not in str(error.value)
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
 def test_intervals():
@@ -82,13 +114,12 @@ def test_intervals():
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_stop_ends_with_the_one_that_waits_for_it(tmp_path, sign):
-    program = "import sys, time; open(sys.argv[1], 'w'); time.sleep(60)"
-    waiting = f"""
-import sys
-from htr_pipeline.orchestration.schedule import run_command
-sys.exit(run_command([sys.executable, "-c", {program!r}, {str(tmp_path / "began")!r}]))
-"""
-    process = subprocess.Popen([sys.executable, "-c", waiting], start_new_session=True, stderr=subprocess.DEVNULL)
+    (tmp_path / "kedro.py").write_text("import time; open('began', 'w'); time.sleep(60)")  # in the place of Kedro
+    waiting = "import os, sys; from htr_pipeline.orchestration.schedule import run_kedro; os.chdir(sys.argv[1]); "
+    waiting += "sys.exit(run_kedro(['run']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", waiting, tmp_path], start_new_session=True, stderr=subprocess.DEVNULL
+    )
     while not (tmp_path / "began").exists():
         assert process.poll() is None
         time.sleep(0.05)

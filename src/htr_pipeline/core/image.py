@@ -92,6 +92,10 @@ def read_image(source: Path | bytes) -> np.ndarray:
             return _to_grey(image, name)
     except FileNotFoundError:
         raise UserError(f"{name}: there is no such file.") from None
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{name}: more than {MAX_IMAGE_PIXELS} pixels, which is the most that is read. Cut the page into lines."
+        ) from None
     except UnidentifiedImageError:
         raise UserError(f"{name}: not an image in one of the formats {', '.join(IMAGE_FORMATS)}.") from None
     except UserError:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -17,12 +18,14 @@ from typing import Any
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.atomic import replacing
 from htr_pipeline.io.importers import import_lines
+from htr_pipeline.io.tracking import database_of, mlflow_error
 from htr_pipeline.pipelines.registration.nodes import RegistrationConfig, find_champion
 
 logger = logging.getLogger(__name__)
 
 _UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 _HASH_DIGITS = 16  # enough to tell millions of lines apart
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,20 @@ class Look:
 
     Attributes:
         lines: hash of image and text of every line.
-        num_new: lines that the last retraining did not have, or had with another text.
+        known: those of the last retraining that ended well.
         last: when that was; empty if there was none.
+        unfinished: of asked and start_from, with which a retraining has begun that has not ended well; else None.
     """
 
     lines: frozenset[str]
-    num_new: int
+    known: frozenset[str]
     last: str
+    unfinished: dict[str, str | None] | None
+
+    @property
+    def num_new(self) -> int:
+        """Lines that the last retraining did not have, or had with another text."""
+        return len(self.lines - self.known)
 
 
 def parse_interval(text: str) -> float:
@@ -57,7 +67,7 @@ def look(params: Mapping[str, Any], state: Path) -> Look:
 
     Args:
         params: Kedro's, of which source, sources and demo count.
-        state: file that remember wrote.
+        state: file that begin and remember write.
 
     Raises:
         UserError: a source cannot be read.
@@ -70,74 +80,105 @@ def look(params: Mapping[str, Any], state: Path) -> Look:
             raise UserError(f"sources.{name}: {exc}" if name else str(exc)) from exc
         for content_hash, text in zip(found["content_hash"].to_pylist(), found["text"].to_pylist(), strict=True):
             lines.add(hashlib.sha256(f"{content_hash} {text}".encode()).hexdigest()[:_HASH_DIGITS])
-    known, last = _remembered(state)
-    return Look(frozenset(lines), len(lines - known), last)
+    try:
+        content = json.loads(state.read_text(encoding="utf-8"))
+        return Look(frozenset(lines), frozenset(content["lines"]), str(content["at"]), content["unfinished"])
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        logger.warning("%s: cannot be read (%r); all lines count as new.", state, exc)
+    return Look(frozenset(lines), frozenset(), "", None)
+
+
+def begin(found: Look, asked: Sequence[str], start_from: str | None, state: Path) -> None:
+    """Keeps with what a retraining begins, so that the next look goes on with it if it does not end well."""
+    _write(state, found.known, found.last, {"asked": " ".join(asked), "start_from": start_from})
 
 
 def remember(found: Look, state: Path) -> None:
     """Keeps the lines of a retraining that ended well."""
-    content = {"at": datetime.now().astimezone().isoformat(" ", "minutes"), "lines": sorted(found.lines)}
+    _write(state, found.lines, datetime.now().astimezone().isoformat(" ", "minutes"), None)
+
+
+def _write(state: Path, lines: frozenset[str], at: str, unfinished: dict[str, str | None] | None) -> None:
     with replacing(state) as partial:
+        content = {"at": at, "unfinished": unfinished, "lines": sorted(lines)}
         partial.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _remembered(state: Path) -> tuple[set[str], str]:
-    try:
-        content = json.loads(state.read_text(encoding="utf-8"))
-        return set(map(str, content["lines"])), str(content["at"])
-    except FileNotFoundError:
-        return set(), ""
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        logger.warning("%s: cannot be read (%r); all lines count as new.", state, exc)
-        return set(), ""
+def start_of(found: Look, asked: Sequence[str], uri: str, registration: RegistrationConfig) -> str | None:
+    """What the retraining is to start from: what the one that has not ended well did, or else the champion.
 
+    Args:
+        found: by look.
+        asked: the command without a start.
+        uri: of MLflow.
+        registration: name and alias.
 
-def champion_uri(registration: RegistrationConfig) -> str | None:
-    """The champion as training.start_from takes it, in the MLflow that is set; None where there is none yet.
+    Returns:
+        As training.start_from takes it; None where there is no champion yet.
 
     Raises:
         UserError: MLflow does not answer.
     """
+    if found.unfinished and found.unfinished["asked"] == " ".join(asked):
+        return found.unfinished["start_from"]
+    if (database := database_of(uri)) and not database.exists():  # MLflow would make one
+        return None
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    retries = os.environ.get(_RETRIES)
+    os.environ[_RETRIES] = retries or "2"  # one wants to know now; the run itself has all of MLflow's patience
     try:
-        champion = find_champion(mlflow.MlflowClient(), registration)
-    except MlflowException as exc:
-        raise UserError(f"MLflow at {mlflow.get_tracking_uri()}: {exc}") from exc
+        champion = find_champion(mlflow.MlflowClient(uri, uri), registration)
+    except (MlflowException, OSError) as exc:
+        raise mlflow_error(uri, exc) from exc
+    finally:
+        os.environ.pop(_RETRIES)
+        if retries:
+            os.environ[_RETRIES] = retries
     return f"models:/{registration.model_name}@{registration.alias}" if champion else None
 
 
-def run_command(command: Sequence[str]) -> int:
-    """Runs it to its end, also when asked to stop meanwhile, which is passed on; its exit code, or 128 and the signal.
+def kedro_command(env: str, params: str, start_from: str | None = None) -> list[str]:
+    """The run that retrains, as `kedro` takes it."""
+    given = [params] if params else []
+    if start_from:
+        given.append(f"training.start_from={start_from}")
+    return ["run", "--env", env, *(["--params", ",".join(given)] if given else [])]
+
+
+def run_kedro(arguments: Sequence[str]) -> int:
+    """Runs Kedro to its end, also when asked to stop meanwhile, which is passed on.
 
     Ctrl-C reaches both processes: a training ends after its batch then, and the same command goes on with it.
+
+    Returns:
+        Its exit code; 128 and the signal that has ended it.
+
+    Raises:
+        SystemExit: when it has ended, if this process was asked to stop.
     """
-    process = subprocess.Popen(command)
+    process: subprocess.Popen | None = None
     asked = 0
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked = number
-        if number == signal.SIGTERM:
+        if number == signal.SIGTERM and process:
             process.terminate()
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        process = subprocess.Popen([sys.executable, "-m", "kedro", *arguments])
         code = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 128 + asked if asked else code
-
-
-def kedro_command(env: str, params: str, start_from: str | None) -> list[str]:
-    """The run that retrains."""
-    given = [params] if params else []
-    if start_from:
-        given.append(f"training.start_from={start_from}")
-    command = [sys.executable, "-m", "kedro", "run", "--env", env]
-    return [*command, "--params", ",".join(given)] if given else command
+    if asked:
+        raise SystemExit(128 + asked)
+    return 128 - code if code < 0 else code
 
 
 def seconds_to_next(started: float, now: float, interval: float) -> float:

@@ -10,7 +10,6 @@ from importlib.metadata import distributions, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 import pandas as pd
@@ -26,6 +25,7 @@ from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.io.features import FeatureShards, line_images
 from htr_pipeline.io.manifest import SPLITS, image_roots
 from htr_pipeline.io.starting_point import PROVENANCE, num_learnt
+from htr_pipeline.io.tracking import database_of, shown_uri
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +98,21 @@ def register_model(
     champion, number = find_champion(client, registration), _registered_by_this_run(client, registration, tags)
     is_own = champion is not None and str(champion.version) == number  # the run was killed behind that
     champion = None if is_own else champion
-    champion_cer, problem = _champion_cer(champion, features, manifest, metrics) if champion else (None, None)
     learnt, num_lines = metrics["learnt_lines"]["test"], metrics["splits"]["test"][headline["decoder"]]["num_lines"]
-    if champion and learnt > _MOST_LEARNT * num_lines:
-        problem = (
-            f"{learnt} of the {num_lines} test lines were training lines of the network that this one started from, so "
-            f"that its CER says nothing; version {champion.version} stays champion"
-        )
+
+    def judge(champion: Any) -> tuple[float | None, str | None, bool]:
+        """The champion's CER, what forbids to compare it, and whether the new model is better."""
+        if champion is None:
+            return None, None, True
+        champion_cer, problem = _champion_cer(champion, features, manifest, metrics)
+        if learnt > _MOST_LEARNT * num_lines:
+            problem = (
+                f"{learnt} of the {num_lines} test lines were training lines of the network that this one started "
+                f"from, so that its CER says nothing; version {champion.version} stays champion"
+            )
+        return champion_cer, problem, not problem and champion_cer is not None and cer < champion_cer
+
+    champion_cer, problem, promoted = judge(champion)
     if number is None:
         texts = {
             "charset.json": charset,
@@ -116,7 +124,11 @@ def register_model(
         # With its tags at once: a version without them, of a run that was killed, could never be compared.
         number = str(mlflow.register_model(logged.model_uri, registration.model_name, tags=tags).version)
     run = client.get_run(mlflow.active_run().info.run_id)  # with the tags that it was given since it began
-    promoted = champion is None or (not problem and champion_cer is not None and cer < champion_cer)
+    while promoted and (now := find_champion(client, registration)) and str(now.version) != number:
+        if champion and now.version == champion.version:
+            break
+        champion = now  # of another run, meanwhile
+        champion_cer, problem, promoted = judge(champion)
     if promoted:
         client.set_registered_model_alias(registration.model_name, registration.alias, number)
     reason = problem or _reason(cer, champion_cer, champion, headline["split"])
@@ -141,17 +153,17 @@ def register_model(
         "champion_cer": champion_cer,
         "model_hash": metrics["model_hash"],
         "run_id": run.info.run_id,
-        "tracking_uri": _shown_uri(mlflow.get_tracking_uri()),
+        "tracking_uri": _from_here(mlflow.get_tracking_uri()),
         **{tag: run.data.tags.get(tag, "unknown") for tag in ("git_commit", "git_changes", "command")},
     }
 
 
-def _shown_uri(uri: str) -> str:
-    """Without the password that it may hold, and from the project's folder, where that is."""
-    parts = urlsplit(uri)
-    if parts.scheme == "sqlite" and Path(parts.path[1:]).is_relative_to(Path.cwd()):
-        return f"sqlite:///{Path(parts.path[1:]).relative_to(Path.cwd())}"
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+def _from_here(uri: str) -> str:
+    """The address as it is shown, of a database within the project's folder from there."""
+    database = database_of(uri)
+    if database and database.is_relative_to(Path.cwd()):
+        return f"sqlite:///{database.relative_to(Path.cwd())}"
+    return shown_uri(uri)
 
 
 def _registered_by_this_run(client: Any, registration: RegistrationConfig, tags: dict[str, str]) -> str | None:

@@ -1,0 +1,55 @@
+"""Where MLflow is, by the environment or by mlflow.yml, and how that is shown."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from htr_pipeline.core.config import UserError
+
+_SETTINGS = ("tracking_uri", "artifact_path", "experiment")
+
+
+def tracking_uri(project: Path, settings: Mapping[str, Any]) -> str:
+    """The address of MLflow; a database's relative path is meant from the project.
+
+    Args:
+        project: its folder.
+        settings: mlflow.yml.
+
+    Raises:
+        UserError: the settings have another name, or a value that is no text.
+    """
+    if unknown := settings.keys() - set(_SETTINGS):
+        raise UserError(
+            f"mlflow.yml: {', '.join(sorted(unknown))}: there is no such setting. Allowed: {', '.join(_SETTINGS)}."
+        )
+    for name in _SETTINGS:
+        if not isinstance(settings.get(name), str):
+            raise UserError(f"mlflow.yml: {name} = {settings.get(name)!r}: expected text; a number needs quotes.")
+    uri: str = os.environ.get("MLFLOW_TRACKING_URI") or settings["tracking_uri"]
+    local = uri.removeprefix("sqlite:///")
+    return uri if local == uri or local.startswith("/") else f"sqlite:///{project / local}"
+
+
+def database_of(uri: str) -> Path | None:
+    """The file of an embedded database; None for a server."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def shown_uri(uri: str) -> str:
+    """The address without the password that it may hold."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def mlflow_error(uri: str, exc: Exception) -> UserError:
+    """What MLflow, or the way to it, said."""
+    return UserError(f"MLflow at {shown_uri(uri)}: {without_passwords(str(exc))}")
+
+
+def without_passwords(text: str) -> str:
+    """A text with the addresses in it as shown_uri has them."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
