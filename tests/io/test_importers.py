@@ -253,7 +253,7 @@ def test_decompression_bomb_is_rejected_by_its_header(tmp_path):
     (tmp_path / "bomb.gt.txt").write_text("boom")
     _, rejected = import_rows(tmp_path)
     assert rejected[0]["reason"] == "unreadable_image"
-    assert "pixels" in rejected[0]["detail"]
+    assert "more than 100000000 pixels, which is the most that is read. Cut the page" in rejected[0]["detail"]
 
 
 def test_file_name_that_is_not_utf8_is_rejected_and_shown(tmp_path):
