@@ -24,6 +24,7 @@ from htr_pipeline.io.importers import SourceConfig, SourcesConfig
 from htr_pipeline.io.importers.demo import DemoConfig
 from htr_pipeline.io.manifest import LEFT_OUT, MANIFEST, REJECTED_LINES, id_prefixes, image_roots, to_table
 from htr_pipeline.pipelines.data_validation.expectations import (
+    AT_IMPORT,
     LINE_LEVELS,
     SET_LEVELS,
     ValidationConfig,
@@ -96,7 +97,11 @@ def test_good_lines_pass_unchanged(tmp_path):
     ("change", "reason", "detail"),
     [
         ({"text": ""}, "empty_text", "there is no text"),
-        ({"text": "a\ue000b"}, "unknown_character", "U\\+E000.*validation.allowed_characters"),
+        (
+            {"text": "a\ue000b"},
+            "unknown_character",
+            "U\\+E000.*keep such lines by validation.levels.unknown_character=warn",
+        ),
         ({"text": "a\x07b"}, "unknown_character", "U\\+0007"),
         ({"text": "a\ufffdb"}, "unknown_character", "U\\+FFFD REPLACEMENT CHARACTER"),
         ({"content_hash": ""}, "unreadable_image", "was not decoded"),
@@ -336,7 +341,7 @@ def same_page_text():
     ],
 )
 def test_each_doubt_is_a_row_of_warned_lines_and_the_line_stays(tmp_path, rows, reason, warned, detail):
-    levels = dict.fromkeys(LINE_LEVELS, "off") | {reason: "warn"}
+    levels = dict.fromkeys(LINE_LEVELS.keys() - set(AT_IMPORT), "off") | {reason: "warn"}
     validated, rejected, table, summary, config = validate_all(rows, tmp_path, levels=levels)
     assert validated.num_rows == len(rows)
     assert rejected.num_rows == 0
@@ -371,6 +376,21 @@ def test_off_of_yaml_and_of_the_command_line_is_off():
         "height": "off",
         "writer_in_two_splits": "off",
     }
+
+
+@pytest.mark.parametrize("reason", AT_IMPORT)
+def test_what_the_import_leaves_out_can_stop_the_run_but_not_stay(tmp_path, reason):
+    for level in ("warn", "off"):
+        with pytest.raises(UserError, match=rf"levels\.{reason} = '{level}': expected one of reject, stop"):
+            ValidationConfig(levels={reason: level})
+    left_out = {"line_id": "x", "file": "x", "stage": "import", "reason": reason, "detail": "It is bad."}
+    config, left_out = settings_for(tmp_path, levels={reason: "stop"}), to_table([left_out], REJECTED_LINES)
+    lines = imported(good_lines(36), tmp_path)
+    validated, rejected, _, summary = validate_lines(lines, left_out, [], config, ImageConfig(height_pixels=48))
+    with pytest.raises(UserError, match=rf"1 lines were left out at the import for '{reason}', and .* = stop"):
+        check_manifest(validated, rejected, summary, config)
+    described = next(entry for entry in summary["expectations"] if entry["reason"] == reason)
+    assert (described["num_failed"], described["success"]) == (1, False)
 
 
 @pytest.mark.parametrize("level", ["reject", "warn", "stop", "off"])

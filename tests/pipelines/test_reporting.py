@@ -225,6 +225,7 @@ def make_inputs(
         "confidence": 0.95,
         "decoders": ["greedy", "beam"],
         "headline": {"split": "test", "decoder": "greedy"},
+        "decoding": {"decoder": "greedy", "looks": 3},
         "splits": {
             split: {decoder: rates(pairs(decoder, split=split)) for decoder in ("greedy", "beam")}
             for split in ("validation", "test")
@@ -308,6 +309,7 @@ def make_inputs(
             "candidate_cer": 0.031,
             "champion_cer": 0.0395,
             "model_hash": "2d" * 32,
+            "decoding": {"decoder": "greedy", "looks": 3},
             "run_id": "3c" * 16,
             "tracking_uri": "sqlite:///mlflow.db",
             "git_commit": "4b" * 20,
@@ -640,6 +642,10 @@ def test_tables_of_different_runs_are_noticed(inputs):
     [
         ({"history": to_table([], HISTORY, TRAINED | {"model_hash": "ff" * 32})}, "whose training is described below"),
         ({"registration": {"model_hash": "ff" * 32}}, "of another network than htr version 3"),
+        (
+            {"registration": {"decoding": {"decoder": "greedy", "looks": 1}}},
+            "with other settings of decoding than those of",
+        ),
         ({"manifest": None}, "are not those of the manifest on disk"),
     ],
 )

@@ -40,6 +40,7 @@ LINE_LEVELS = {
 }
 # What compression makes of a blank sheet is less.
 _LEAST_GREY_RANGE = 8
+AT_IMPORT = ("duplicate_id", "empty_text", "unreadable_image")  # found there already; of them no line can be made
 SET_LEVELS = {"writer_in_two_splits": "stop", "page_in_two_splits": "warn", "missing_split": "stop"}
 
 
@@ -81,6 +82,8 @@ class ValidationConfig:
             allowed = ("reject", "warn", "stop", "off") if reason in LINE_LEVELS else ("warn", "stop", "off")
             if reason == "missing_split":  # what comes after needs all three
                 allowed = ("stop",)
+            elif reason in AT_IMPORT:
+                allowed = ("reject", "stop")
             if level not in allowed:
                 raise UserError(f"validation.levels.{reason} = {level!r}: expected one of {', '.join(allowed)}.")
 
@@ -120,7 +123,9 @@ def line_checks(config: ValidationConfig) -> list[Check]:
     """What must hold of each line, in terms of facts.py; a line is rejected for the first of these that it fails."""
     height = (config.min_height_pixels, config.max_height_pixels)
     width = (config.min_width_pixels, config.max_width_pixels)
-    allowed = "any character" if config.allowed_characters is None else "only validation.allowed_characters"
+    allowed = "only validation.allowed_characters"
+    if config.allowed_characters is None:
+        allowed = "any character, but no control, private-use or replacement character"
     return [
         Check(
             "duplicate_id",
@@ -136,11 +141,15 @@ def line_checks(config: ValidationConfig) -> list[Check]:
         ),
         Check(
             "unknown_character",
-            f"the text has {allowed}, but no control, private-use or replacement character",
+            f"the text has {allowed}",
             lambda gxe: gxe.ExpectColumnValuesToBeInSet(column="unknown_characters", value_set=[""]),
             lambda line: (
-                f"{line['place']}: {line['text']!r} has {line['unknown_characters']}. "
-                "Correct the text, or add the character to validation.allowed_characters."
+                f"{line['place']}: {line['text']!r} has {line['unknown_characters']}. Correct the text, or "
+                + (
+                    "keep such lines by validation.levels.unknown_character=warn."
+                    if config.allowed_characters is None
+                    else "add the character to validation.allowed_characters."
+                )
             ),
         ),
         Check(

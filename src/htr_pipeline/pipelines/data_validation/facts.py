@@ -122,7 +122,7 @@ def _add_characters(frame: pd.DataFrame, lines: pa.Table, config: ValidationConf
         allowed = {" "}.union(allowed, unicodedata.normalize("NFC", allowed))
     everywhere = count_characters(texts)
     trained = count_characters(texts.filter(pc.equal(lines["split"], "train")))
-    unknown = {c for c in everywhere if is_debris(c) or (allowed is not None and c not in allowed)}
+    unknown = {c for c in everywhere if (is_debris(c) if allowed is None else c not in allowed)}
     invisible = {c for c in everywhere if is_invisible(c)} - unknown
     mixed = _mixed_forms(texts, everywhere)
     rare = {c: f"{c!r} ({num} in training)" for c, num in trained.items() if num < config.min_occurrences}

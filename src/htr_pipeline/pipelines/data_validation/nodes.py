@@ -20,6 +20,7 @@ from htr_pipeline.io.importers import SourceConfig, SourcesConfig, import_lines,
 from htr_pipeline.io.importers.demo import DemoConfig
 from htr_pipeline.io.manifest import MANIFEST, NO_FAULTS, REJECTED_LINES, SPLITS, WARNED_LINES, to_table
 from htr_pipeline.pipelines.data_validation.expectations import (
+    AT_IMPORT,
     LINE_LEVELS,
     SET_LEVELS,
     Check,
@@ -153,10 +154,16 @@ def validate_lines(
         "warned_reasons": _count_reasons(warned),
         "expectations": [
             *(_describe(outcome, validation, len(imported_lines), before) for outcome in rejecting),
-            *(_describe(outcome, validation, len(facts)) for outcome in (*warning, *of_set)),
+            *(_describe(outcome, validation, len(facts), before) for outcome in (*warning, *of_set)),
         ],
         "checks_off": [reason for reason in LINE_LEVELS | SET_LEVELS if validation.level(reason) == "off"],
         "failures": [
+            *(
+                f"{before[reason]} lines were left out at the import for {reason!r}, and "
+                f"validation.levels.{reason} = stop. They are in the table rejected_lines."
+                for reason in AT_IMPORT
+                if reason in before and validation.level(reason) == "stop"
+            ),
             *(_stop_for(outcome, facts) for outcome in warning if _stops(outcome, validation)),
             *(outcome.check.explain(facts) for outcome in of_set if _stops(outcome, validation)),
         ],
@@ -263,10 +270,10 @@ def _count_reasons(findings: pa.Table) -> dict[str, int]:
 
 
 def _describe(
-    outcome: Outcome, validation: ValidationConfig, num_checked: int, before: Mapping[str, int] | None = None
+    outcome: Outcome, validation: ValidationConfig, num_checked: int, before: Mapping[str, int]
 ) -> dict[str, Any]:
     """A check and how it ended, with the lines that failed it at the import already."""
-    num_before = (before or {}).get(outcome.check.reason, 0)
+    num_before = before.get(outcome.check.reason, 0)
     return {
         "reason": outcome.check.reason,
         "claim": outcome.check.claim,

@@ -239,6 +239,7 @@ def measure_errors(
         "learnt_lines": learnt,
         "decoders": list(DECODERS),
         "headline": {"split": "test", "decoder": decoding.decoder},
+        "decoding": tuned_decoding,
         "language_model": {"alpha": decoding.alpha, "beta": decoding.beta},
         "splits": {
             split: {

@@ -152,6 +152,7 @@ def register_model(
         "candidate_cer": cer,
         "champion_cer": champion_cer,
         "model_hash": metrics["model_hash"],
+        "decoding": tuned_decoding,
         "run_id": run.info.run_id,
         "tracking_uri": _from_here(mlflow.get_tracking_uri()),
         **{tag: run.data.tags.get(tag, "unknown") for tag in ("git_commit", "git_changes", "command")},

@@ -36,6 +36,7 @@ _MAX_CONFUSIONS = 20
 _MAX_CHARACTERS = 20
 # Fewer readings than this make no point of a reliability diagram: one line more would move it by a third.
 _FEWEST_IN_BIN = 3
+_FEW_LINES = 20  # of which an interval is itself uncertain
 # A character's error rate means little below this many occurrences.
 _MIN_OCCURRENCES = 10
 _MAX_HOVER_POINTS = 80
@@ -158,6 +159,11 @@ def _warnings(
     writers = {line["writer_id"] for line in lines}
     if len(writers) == 1 < len(lines):
         warnings.append(f"All {split} lines are by one writer: the interval is over lines and says nothing of others.")
+    elif len(lines) < _FEW_LINES:
+        warnings.append(
+            f"Measured on {_count(len(lines), f'{split} line')} only: neither the figures nor their interval say much "
+            "about new lines."
+        )
     elif len(writers) < len(lines) and score["interval_over"] == "lines":
         warnings.append(
             f"The {split} lines are by {len(writers)} writers only: the interval is over lines and says little of "
@@ -189,6 +195,11 @@ def _warnings(
         warnings.append(
             f"The figures are of another network than {registration['name']} version {registration['version']}: run "
             "`kedro run --from-nodes register_model` to register the one that was measured."
+        )
+    elif registration["decoding"] != metrics["decoding"]:
+        warnings.append(
+            f"The figures were measured with other settings of decoding than those of {registration['name']} version "
+            f"{registration['version']}: run `kedro run --from-nodes register_model` to register the present ones."
         )
     return warnings
 
