@@ -28,7 +28,7 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import DECODERS
 from htr_pipeline.io.atomic import replacing
 from htr_pipeline.io.checkpoints import FileCheckpoints, check_place
-from htr_pipeline.io.tracking import database_of, mlflow_error, shown_uri, tracking_uri
+from htr_pipeline.io.tracking import database_of, mlflow_error, tracking_uri, without_passwords
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +49,12 @@ _OPTIONS = {
     "--namespaces": "namespaces",
     "--only-missing-outputs": "only_missing_outputs",
 }
-# Settings that name a file or folder, by what is made with it.
-_FILES_FOR = {
-    "language_model": ("language_model.arpa", "language_model.texts"),
-    "lexicon": ("decoding.lexicon_words",),
-}
+# What is made with a file or folder, and the block and name of the setting that names it.
+_MADE_WITH_FILES = (
+    ("language_model", "language_model", "arpa"),
+    ("language_model", "language_model", "texts"),
+    ("lexicon", "decoding", "lexicon_words"),
+)
 _PACKAGES = ("htr-pipeline", "kedro", "keras", "mlflow", "great-expectations", "pyarrow", "numpy")
 
 
@@ -112,13 +113,11 @@ class SettingsHook:
         made, params = pipeline.all_outputs(), self._params
         if "model" in made and (start := params["training"].start_from) and not start.startswith("models:"):
             StartingPoint.find(start)
-        for output, names in _FILES_FOR.items():
-            for block, name in (name.split(".") for name in names if output in made):
-                place = getattr(params[block], name)
-                if place and not Path(place).exists():
-                    raise UserError(
-                        f"{block}.{name} = {place!r}: there is no such file or folder (working folder: {Path.cwd()})."
-                    )
+        for output, block, name in _MADE_WITH_FILES:
+            if output in made and (place := getattr(params[block], name)) and not Path(place).exists():
+                raise UserError(
+                    f"{block}.{name} = {place!r}: there is no such file or folder (working folder: {Path.cwd()})."
+                )
         if "model" in made:
             check_place(params["checkpoint"].path)
 
@@ -163,10 +162,10 @@ class LockHook:
             ) from None
         with contextlib.suppress(OSError):  # Windows: a locked file cannot be written or read by its name
             self._path.write_text(f"{os.getpid()}, since {datetime.now().astimezone().isoformat(' ', 'seconds')}")
-        for left in self._path.parent.glob("*/.partial-[0-9]*"):  # files of processes that were killed at them
-            if left.is_file():
-                left.unlink(missing_ok=True)
         try:
+            for left in self._path.parent.glob("*/.partial-[0-9]*"):  # files of processes that were killed at them
+                if left.is_file():
+                    left.unlink(missing_ok=True)
             return (yield)
         except BaseException:
             self._lock.release()
@@ -239,7 +238,7 @@ class MlflowHook:
         mlflow.set_tracking_uri(uri)
         database = database_of(uri)
         if database is None:
-            logger.info("MLflow is at %s.", shown_uri(uri))
+            logger.info("MLflow is at %s.", without_passwords(uri))
         try:
             if database:
                 self._open(database)

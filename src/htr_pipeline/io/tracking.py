@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from htr_pipeline.core.config import UserError
 
@@ -39,17 +38,11 @@ def database_of(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def shown_uri(uri: str) -> str:
-    """The address without the password that it may hold."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+def without_passwords(text: str) -> str:
+    """An address, or a text with addresses in it, without the user and password that they may hold."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def mlflow_error(uri: str, exc: Exception) -> UserError:
     """What MLflow, or the way to it, said."""
-    return UserError(f"MLflow at {shown_uri(uri)}: {without_passwords(str(exc))}")
-
-
-def without_passwords(text: str) -> str:
-    """A text with the addresses in it as shown_uri has them."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
+    return UserError(without_passwords(f"MLflow at {uri}: {exc}"))

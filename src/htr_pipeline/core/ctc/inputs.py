@@ -170,12 +170,10 @@ def checked_rows(lines: Lines, blank_index: int, time_major: bool, collapse: boo
     """
     shape = tf.shape(lines.logits)
     num_frames, num_classes = shape[0 if time_major else 1], shape[2]
-    # Of one batch size: XLA would broadcast a single row, but it cannot join it to several.
-    nothing = tf.zeros([shape[1 if time_major else 0], 0], tf.int32)
-    labels = tf.concat([nothing, lines.labels], axis=1)
-    label_length, logit_length = (
-        tf.concat([nothing, length[:, tf.newaxis]], axis=1)[:, 0] for length in (lines.label_length, lines.logit_length)
-    )
+    num_rows = shape[1 if time_major else 0]
+    labels = of_as_many_rows(lines.labels, num_rows)
+    label_length = of_as_many_rows(lines.label_length[:, tf.newaxis], num_rows)[:, 0]
+    logit_length = of_as_many_rows(lines.logit_length[:, tf.newaxis], num_rows)[:, 0]
     blank = blank_index if blank_index >= 0 else num_classes + blank_index
     in_label = tf.sequence_mask(label_length, tf.shape(labels)[1])
     is_blank = tf.reduce_any(tf.equal(labels, blank) & in_label, axis=1)
@@ -192,6 +190,11 @@ def checked_rows(lines: Lines, blank_index: int, time_major: bool, collapse: boo
     if collapse:
         labels, label_length = _collapse_repeated(labels, label_length)
     return Rows(labels, label_length, logit_length, status)
+
+
+def of_as_many_rows(values: tf.Tensor, num_rows: tf.Tensor) -> tf.Tensor:
+    """The values (B, N) int32, B being num_rows: a single row would be broadcast, but cannot be joined to several."""
+    return tf.concat([tf.zeros([num_rows, 0], tf.int32), values], axis=1)
 
 
 def _collapse_repeated(labels: tf.Tensor, label_length: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

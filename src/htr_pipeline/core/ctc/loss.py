@@ -17,6 +17,7 @@ from htr_pipeline.core.ctc.inputs import (
     checked_lines,
     dense_labels,
     is_compiled_by_xla,
+    of_as_many_rows,
     report,
 )
 from htr_pipeline.core.ctc.problems import FINE, INFEASIBLE, raise_problems, warn_if_softmaxed
@@ -122,8 +123,7 @@ def required_frames(labels: Any, label_length: Any = None) -> tf.Tensor:
                 f"{len(wrong)} of {len(label_length)} rows: row {wrong[0]} has label_length {found}, and labels are "
                 f"{labels.shape[1]} wide."
             )
-    else:  # a single length would be taken for all rows
-        label_length = tf.concat([tf.zeros([tf.shape(labels)[0], 0], tf.int32), label_length[:, tf.newaxis]], 1)[:, 0]
+    label_length = of_as_many_rows(label_length[:, tf.newaxis], tf.shape(labels)[0])[:, 0]
     pairs = tf.sequence_mask(label_length - 1, tf.maximum(tf.shape(labels)[1] - 1, 0))
     equal = (labels[:, 1:] == labels[:, :-1]) & pairs
     return label_length + tf.reduce_sum(tf.cast(equal, tf.int32), axis=1)

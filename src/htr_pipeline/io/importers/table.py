@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -191,10 +192,8 @@ def _read_cells(file: Path) -> Iterator[tuple[int, list[str]]]:
             header = stream.readline()
             if declared := _DELIMITER_LINE.fullmatch(header):
                 header, skipped = stream.readline(), 1
-            reader = csv.reader(stream, **_dialect(file, header, declared[1] if declared else ""))
-            stream.seek(0)
-            for _ in range(skipped):
-                stream.readline()
+            dialect = _dialect(file, header, declared[1] if declared else "")
+            reader = csv.reader(chain([header], stream), **dialect)
             for cells in reader:
                 yield skipped + reader.line_num, cells
                 begin = reader.line_num

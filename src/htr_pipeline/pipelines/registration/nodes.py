@@ -25,7 +25,7 @@ from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.io.features import FeatureShards, line_images
 from htr_pipeline.io.manifest import SPLITS, image_roots
 from htr_pipeline.io.starting_point import PROVENANCE, num_learnt
-from htr_pipeline.io.tracking import database_of, shown_uri
+from htr_pipeline.io.tracking import database_of, without_passwords
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def _from_here(uri: str) -> str:
     database = database_of(uri)
     if database and database.is_relative_to(Path.cwd()):
         return f"sqlite:///{database.relative_to(Path.cwd())}"
-    return shown_uri(uri)
+    return without_passwords(uri)
 
 
 def _registered_by_this_run(client: Any, registration: RegistrationConfig, tags: dict[str, str]) -> str | None:

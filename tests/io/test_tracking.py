@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import pytest
+
+from htr_pipeline.core.config import UserError
+from htr_pipeline.io.tracking import database_of, tracking_uri, without_passwords
+
+SETTINGS = {"tracking_uri": "sqlite:///mlflow.db", "artifact_path": "mlartifacts", "experiment": "letters"}
+
+
+def test_the_database_lies_in_the_project_and_the_environment_goes_first(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri = tracking_uri(Path("/project"), SETTINGS)
+    assert (uri, database_of(uri)) == ("sqlite:////project/mlflow.db", Path("/project/mlflow.db"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    assert tracking_uri(Path("/project"), SETTINGS) == "http://host:5000"
+    assert database_of("http://host:5000") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trackin_uri": "x"}, "mlflow.yml: trackin_uri: there is no such setting. Allowed: tracking_uri"),
+        ({"experiment": 2024}, "mlflow.yml: experiment = 2024: expected text; a number needs quotes"),
+        ({"tracking_uri": None}, "mlflow.yml: tracking_uri = None: expected text"),
+    ],
+)
+def test_wrong_settings_are_named(change, message):
+    with pytest.raises(UserError, match=message):
+        tracking_uri(Path("/project"), SETTINGS | change)
+
+
+def test_passwords_are_not_shown():
+    assert without_passwords("http://bob:p@ss@host:5000/a@b") == "http://host:5000/a@b"
+    assert (
+        without_passwords("no answer from https://bob:secret@host, mail a@b") == "no answer from https://host, mail a@b"
+    )
+    assert without_passwords("sqlite:////a@b/mlflow.db") == "sqlite:////a@b/mlflow.db"
