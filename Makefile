@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY = true
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench ui serve viz lock clean
+.PHONY: help run test lint format bench ui serve image viz lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ serve: MODEL ?= models:/htr@champion
 serve: $(INSTALLED) ## the champion on http://127.0.0.1:5001/invocations: line images in, texts out (README)
 	@test "$(MLFLOW_TRACKING_URI)" != sqlite:///mlflow.db || test -f mlflow.db || { echo "There is no model yet: make run trains and registers one."; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI="$(MLFLOW_TRACKING_URI)" $(BIN)/mlflow models serve -m "$(MODEL)" --env-manager local --host 127.0.0.1 --port 5001
+
+image: ## the project as a container image, for Kubeflow (docs/deployment.md)
+	docker build --build-arg COMMIT="$$(git describe --always --abbrev=40 --exclude '*' --dirty)" --tag htr_pipeline .
 
 viz: $(INSTALLED) ## the pipelines drawn by kedro-viz on http://127.0.0.1:4141
 	$(BIN)/kedro viz run --host 127.0.0.1 --port 4141

@@ -18,8 +18,8 @@ from htr_pipeline.pipelines.training.nodes import CheckpointConfig
 class Run:
     """A session of Kedro's, as its hooks see it; the functions are called as hooks of the same names."""
 
-    def __init__(self, project, *hooks, **functions):
-        self._hooks = _create_hook_manager()
+    def __init__(self, project, *hooks, asked=None, **functions):
+        self._hooks, self._asked = _create_hook_manager(), asked or {}
         settings = {"mlflow": {"tracking_uri": "sqlite:///mlflow.db", "artifact_path": "mlruns", "experiment": "test"}}
         settings["parameters"] = {"validation": {"docs_path": "validation"}}
         context = SimpleNamespace(project_path=project, env="test", params={}, config_loader=Loader(settings))
@@ -43,7 +43,9 @@ class Run:
         self._call("on_pipeline_error", error=ValueError())
 
     def _call(self, name, **arguments):
-        getattr(self._hooks.hook, name)(run_params={}, pipeline=Pipeline([]), catalog=DataCatalog({}), **arguments)
+        getattr(self._hooks.hook, name)(
+            run_params=self._asked, pipeline=Pipeline([]), catalog=DataCatalog({}), **arguments
+        )
 
 
 class Loader(dict):
@@ -78,26 +80,69 @@ def test_a_hook_that_fails_leaves_no_lock_and_the_folder_as_it_was(tmp_path, mon
     Run(project, LockHook()).begin()
 
 
-def test_after_a_run_that_ctrl_c_has_left_in_a_notebook_the_next_one_goes_on_in_it(tmp_path, monkeypatch):
-    project, caller = tmp_path / "project", tmp_path / "caller"
-    for folder in (project, caller):
-        folder.mkdir()
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder beside that of the caller, with an MLflow of its own."""
+    folder, caller = tmp_path / "project", tmp_path / "caller"
+    for each in (folder, caller):
+        each.mkdir()
     monkeypatch.chdir(caller)
-    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "HTR_JOINT_RUN", "HTR_GIT_COMMIT"):
+        monkeypatch.delenv(name, raising=False)
     uri = mlflow.get_tracking_uri()
+    yield folder
+    mlflow.end_run()
+    mlflow.set_tracking_uri(uri)
+
+
+def test_after_a_run_that_ctrl_c_has_left_in_a_notebook_the_next_one_goes_on_in_it(project):
+    caller = Path.cwd()
     run = Run(project, LockHook(), SettingsHook(), MlflowHook())
-    try:
-        run.begin()
-        left = mlflow.active_run().info.run_id
-        run.begin()  # Kedro has told no hook that the first one ended
-        assert mlflow.active_run().info.run_id == left
-        run.end()
-        assert Path.cwd() == caller
-        assert mlflow.get_run(left).info.status == "FINISHED"
-    finally:
-        mlflow.end_run()
-        mlflow.set_tracking_uri(uri)
+    run.begin()
+    left = mlflow.active_run().info.run_id
+    run.begin()  # Kedro has told no hook that the first one ended
+    assert mlflow.active_run().info.run_id == left
+    run.end()
+    assert Path.cwd() == caller
+    assert mlflow.get_run(left).info.status == "FINISHED"
+
+
+def test_processes_with_one_name_or_id_of_a_run_write_into_it(project, monkeypatch):
+    def done(*pipelines, **variables):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            run = Run(project, MlflowHook(), asked={"pipeline_names": pipelines})
+            run.begin()
+            run_id = mlflow.active_run().info.run_id
+            run.end()
+        return mlflow.get_run(run_id)
+
+    first = done("training", HTR_JOINT_RUN="3a6e-90b3")
+    assert first.info.run_name == "kedro run"
+    other, alone = done("training", HTR_JOINT_RUN="job/2"), done("training")
+    joined = done("evaluation", HTR_JOINT_RUN="3a6e-90b3", HTR_GIT_COMMIT="f" * 40)
+    last = done("reporting", MLFLOW_RUN_ID=first.info.run_id, HTR_JOINT_RUN="job/2")
+    assert len({run.info.run_id for run in (first, other, alone)}) == 3
+    assert first.info.run_id == joined.info.run_id == last.info.run_id
+    assert last.data.tags["pipelines"] == "training, evaluation, reporting"
+    words = [f"kedro run --pipelines {name}" for name in ("training", "evaluation", "reporting")]
+    assert last.data.tags["command"] == " && ".join(words)
+    with pytest.raises(UserError, match=r"HTR_JOINT_RUN=it's: expected at most 250 letters, digits and any of"):
+        done(HTR_JOINT_RUN="it's")
+
+
+@pytest.mark.parametrize(
+    ("given", "commit", "changes"),
+    [("5" * 40, "5" * 40, "none"), ("5" * 40 + "-dirty", "5" * 40, "uncommitted changes"), ("", "unknown", "unknown")],
+)
+def test_where_there_is_no_git_the_environment_names_the_commit(project, monkeypatch, given, commit, changes):
+    monkeypatch.setenv("HTR_GIT_COMMIT", given)
+    run = Run(project, MlflowHook())
+    run.begin()
+    tags = mlflow.get_run(mlflow.active_run().info.run_id).data.tags
+    assert (tags["git_commit"], tags["git_changes"]) == (commit, changes)
+    run.end()
 
 
 @pytest.mark.parametrize(

@@ -250,26 +250,21 @@ def test_champion_reads_paths_and_bytes_in_a_fresh_process_and_reports_a_broken_
     assert answers["greedy"][0]["text"] == predictions.loc[("greedy", line["line_id"])]["hypothesis"]
 
 
-@pytest.fixture
-def server(toy):
-    """Address of a server like that of `make serve`."""
+@contextlib.contextmanager
+def serving(folder, health, arguments, **variables):
+    """Address of an MLflow process that answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/htr@champion"]
-    variables = {**environment(), "MLFLOW_TRACKING_URI": f"sqlite:///{toy.project / 'mlflow.db'}"}
+    variables = environment() | variables
     # MLflow starts uvicorn by its name.
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
-    process = subprocess.Popen(
-        [*command, "--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)],
-        cwd=toy.project,
-        env=variables,
-        start_new_session=True,
-    )
+    command = [sys.executable, "-m", "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, cwd=folder, env=variables, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
-            with contextlib.suppress(OSError), urlopen(f"{address}/ping", timeout=5):
+            with contextlib.suppress(OSError), urlopen(f"{address}{health}", timeout=5):
                 break
             assert process.poll() is None, "the server has ended"
             time.sleep(0.5)
@@ -277,6 +272,16 @@ def server(toy):
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=30)
+
+
+@pytest.fixture
+def server(toy):
+    """Address of a server like that of `make serve`."""
+    arguments = ("models", "serve", "--model-uri", "models:/htr@champion", "--env-manager", "local")
+    with serving(
+        toy.project, "/ping", arguments, MLFLOW_TRACKING_URI=f"sqlite:///{toy.project / 'mlflow.db'}"
+    ) as address:
+        yield address
 
 
 def test_served_model_reads_images_of_requests_and_no_files_of_the_server(toy, server):
@@ -640,25 +645,13 @@ def test_paths_of_settings_mean_the_projects_folder_wherever_the_run_is_started(
     assert not list(folder.iterdir())
 
 
-def test_settings_of_the_machine_hold_with_an_environment_and_commands_join_one_mlflow_run(project):
+def test_settings_of_the_machine_hold_with_an_environment(project):
     settings = {"decoding": {"hot_words": {"l'État": 3.0}}, "report": {"title": "Mine"}}
     (project / "conf/local/parameters.yml").write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
-    store = client(project)
-    (first,) = mlflow_runs(project)
-    joined = store.create_run(first.info.experiment_id).info.run_id
-    asked = ("data_validation", "data_validation,reporting")
-    for names in asked:
-        command = [*KEDRO, "--pipelines", names]
-        given = environment() | {"MLFLOW_RUN_ID": joined}
-        done = subprocess.run(command, cwd=project, env=given, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert len(mlflow_runs(project)) == 2
-    run = store.get_run(joined)
+    succeed(project, "--pipeline", "reporting")
+    run = mlflow_runs(project)[0]
     assert run.data.params["decoding.hot_words"] == '{"l\'État": 3.0}'
     assert (run.data.params["report.title"], run.data.params["training.epochs"]) == ("Mine", "2")
-    assert run.data.tags["pipelines"] == "data_validation, reporting"
-    commands = [f"kedro run --env test --pipelines {names}" for names in asked]
-    assert run.data.tags["command"] == " && ".join(commands)
     assert "<title>Mine" in artifact(run, "report.html")
 
 
@@ -836,6 +829,55 @@ def test_schedule_retrains_from_the_champion_where_lines_are_new(project):
     assert (again.returncode, len(mlflow_runs(project))) == (0, num_runs)
     assert "56 lines, 0 of them new" in again.stdout
     assert "Nothing to do: retraining begins with 1." in again.stdout
+
+
+# --- a cluster ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mlflow_server(tmp_path):
+    """Address of a tracking server that keeps the artifacts too."""
+    stores = ("--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "artifacts")
+    with serving(tmp_path, "/health", ("server", *stores, "--workers", "1")) as address:
+        yield address
+
+
+def test_the_steps_of_kubeflow_share_one_run_on_a_tracking_server(mlflow_server, tmp_path):
+    import mlflow
+
+    project = new_project(tmp_path / "project")
+    kubeflow = [sys.executable, "-m", "kedro", "kubeflow", "--image", "htr", "--tracking-uri", mlflow_server]
+    asked = ["--output", "steps.yaml", "--env", "test", "--params", "training.epochs=1"]
+    done = subprocess.run([*kubeflow, *asked], cwd=project, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pipeline, platforms = yaml.safe_load_all((project / "steps.yaml").read_text(encoding="utf-8"))
+    on_cluster = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    dag, left = pipeline["root"]["dag"]["tasks"], []
+    while len(left) < len(dag):  # what Kubeflow does: whatever all that it depends on has ended
+        left += [name for name in dag if name not in left and set(dag[name].get("dependentTasks", [])) <= {*left}]
+    given = pipeline["root"]["inputDefinitions"]["parameters"]["params"]["defaultValue"]
+    for name in left:
+        container = pipeline["deploymentSpec"]["executors"][f"exec-{name}"]["container"]
+        words = [word.replace("{{$.inputs.parameters['params']}}", given) for word in container["args"]]
+        variables = {entry["name"]: entry["value"] for entry in container["env"]}
+        variables |= {entry["name"]: "3a6e-90b3" for entry in on_cluster[f"exec-{name}"]["fieldPathAsEnv"]}
+        command = [sys.executable, "-m", *container["command"], *words]
+        commit = {"HTR_GIT_COMMIT": f"{'5' * 40}-dirty"}  # as the image has it
+        step = subprocess.run(
+            command, cwd=project, env=environment() | commit | variables, capture_output=True, text=True, timeout=300
+        )
+        assert step.returncode == 0, step.stdout + step.stderr
+    assert not (project / "mlflow.db").exists()
+    store = mlflow.MlflowClient(mlflow_server, mlflow_server)
+    (run,) = store.search_runs([store.get_experiment_by_name("htr_pipeline").experiment_id])
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "kedro run")
+    assert run.data.tags["pipelines"] == ", ".join(name.replace("-", "_") for name in left)
+    assert (run.data.tags["git_commit"], run.data.tags["git_changes"]) == ("5" * 40, "uncommitted changes")
+    assert store.get_model_version_by_alias("htr", "champion").run_id == run.info.run_id
+    assert run.data.params["training.epochs"] == "1"
+    assert "test_cer_beam_lm" in run.data.metrics
+    logged = {entry.path for entry in store.list_artifacts(run.info.run_id)}
+    assert {"report.html", "learning_curves.svg", "validation"} <= logged
 
 
 # --- one batch -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from kedro.config import MissingConfigException
 from kedro.framework.cli.project import run as kedro_run
 from kedro.framework.cli.utils import _split_params
 from kedro.framework.context import KedroContext
+from kedro.framework.project import pipelines
 from kedro.validation.exceptions import ParameterValidationError
 
 from htr_pipeline.core.config import UserError
@@ -254,6 +255,89 @@ def _look_and_retrain(min_new_lines: int, env: str, params: str) -> int:
     else:
         retraining.remember(found, _RETRAINED)
     return code
+
+
+@cli.command("kubeflow")
+@click.option("--image", required=True, help="Container image of the project, as `make image` builds it.")
+@click.option(
+    "--output",
+    default="kubeflow.yaml",
+    show_default=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to write.",
+)
+@click.option("--tracking-uri", help="Address of the MLflow server; default: that of mlflow.yml or of the environment.")
+@click.option(
+    "--claim",
+    default="htr-data",
+    show_default=True,
+    help="PersistentVolumeClaim that is mounted as data/ of every step.",
+)
+@click.option(
+    "--secret",
+    "secrets",
+    multiple=True,
+    help="SECRET:KEY, which becomes the environment variable KEY; may be repeated.",
+)
+@click.option("--cpus", help="Requested for each step, as 4 or 500m.")
+@click.option("--memory", help="Requested for each step, as 8Gi.")
+@click.option("--gpus", default=0, show_default=True, type=click.IntRange(0), help="For the step of training.")
+@click.option(
+    "--retries", default=2, show_default=True, type=click.IntRange(0), help="Of a step that fails or is killed."
+)
+@click.option("--retrain", is_flag=True, help="One step that runs `kedro schedule`, for recurring runs.")
+@click.option("--env", "-e", help="Kedro environment of the steps.")
+@click.option("--params", default="", help="Settings of runs that are started without any, as for run.")
+def kubeflow(
+    image: str,
+    output: Path,
+    tracking_uri: str | None,
+    claim: str,
+    secrets: tuple[str, ...],
+    cpus: str | None,
+    memory: str | None,
+    gpus: int,
+    retries: int,
+    retrain: bool,
+    env: str | None,
+    params: str,
+) -> None:
+    """Write the pipelines as a pipeline of Kubeflow, a step each. docs/deployment.md shows the rest."""
+    from htr_pipeline.io import tracking
+    from htr_pipeline.orchestration.kubeflow import Steps, run_commands, schedule_commands, write_pipeline
+
+    names = [name for name in pipelines if name != "__default__"]
+    commands = schedule_commands(env) if retrain else run_commands(names, env)
+    output = output.absolute()
+    with errors_in_words():
+        context = _load_context(env, _split_params(None, None, params))
+        steps = Steps(
+            image=image,
+            tracking_uri=tracking_uri or tracking.tracking_uri(context.project_path, context.config_loader["mlflow"]),
+            claim=claim,
+            secrets=[(name, key) for name, _, key in (secret.partition(":") for secret in secrets)],
+            cpus=cpus,
+            memory=memory,
+            gpus=gpus,
+            retries=retries,
+        )
+        write_pipeline(output, commands, steps, params)
+    click.echo(f"Steps in {output}: {', '.join(commands)}.")
+    submit = [
+        "kfp",
+        "--endpoint",
+        "ADDRESS",
+        "run",
+        "create",
+        "--experiment-name",
+        "htr",
+        "--package-file",
+        str(output),
+    ]
+    if retrain:
+        submit[3] = "recurring-run"
+        submit[-2:] = ["--job-name", "htr", "--pipeline-package-path", str(output), "--interval-second", "86400"]
+    click.echo(f"{'Once a day' if retrain else 'A run'}: {shlex.join(submit)}")
 
 
 def _load_context(env: str | None, params: dict[str, Any] | None = None) -> KedroContext:

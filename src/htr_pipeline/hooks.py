@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -36,6 +37,10 @@ _LOCK_FILE = Path("data/.lock")
 # A run that was killed left this file: the same command again goes on in the same MLflow run.
 _RUN_FILE = Path("data/.mlflow_run.json")
 _UNKNOWN = "unknown"
+# In the environment of processes that are to write into one MLflow run: a name for it that is nobody else's.
+_JOINT_RUN = "HTR_JOINT_RUN"
+# In the environment of an image, where there is no git: what `git describe --always --abbrev=40 --dirty` said.
+_GIT_COMMIT = "HTR_GIT_COMMIT"
 _MOST_PARAMETER_CHARACTERS = 6000  # MLflow cuts what is longer
 # What a run was asked for: Kedro's options, and its names for them.
 _OPTIONS = {
@@ -222,7 +227,7 @@ class MlflowHook:
 
     @hook_impl
     def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
-        """Starts the run, or joins the one of MLFLOW_RUN_ID or of an interrupted process.
+        """Starts the run, or joins the one of MLFLOW_RUN_ID or HTR_JOINT_RUN or of an interrupted process.
 
         Raises:
             UserError: MLflow cannot be reached, or refuses.
@@ -276,11 +281,13 @@ class MlflowHook:
     def _start(self, run_params: dict[str, Any]) -> None:
         import mlflow
 
-        run_id = os.environ.get("MLFLOW_RUN_ID") or self._killed_run(run_params)
+        joint = os.environ.get(_JOINT_RUN)
+        run_id = os.environ.get("MLFLOW_RUN_ID") or (self._joint_run(joint) if joint else self._killed_run(run_params))
         if run_id is None:
-            names = sorted(run_params.get("pipeline_names") or [])
+            names = [] if joint else sorted(run_params.get("pipeline_names") or [])
             mlflow.set_experiment(experiment_id=self._experiment_id())
-            mlflow.start_run(run_name="+".join(names) or "kedro run")
+            tags = {"joint_run": joint} if joint else None
+            mlflow.start_run(run_name="+".join(names) or "kedro run", tags=tags)
         else:
             mlflow.start_run(run_id=run_id)
         self._run_id = mlflow.active_run().info.run_id
@@ -379,6 +386,16 @@ class MlflowHook:
             )  # fmt: skip
         return found.experiment_id if found else mlflow.create_experiment(name, artifact_location=place)
 
+    def _joint_run(self, name: str) -> str | None:
+        """The run that an earlier process of that name has begun."""
+        import mlflow
+
+        if not re.fullmatch(r"[\w.:/+-]{1,250}", name):
+            raise UserError(f"{_JOINT_RUN}={name}: expected at most 250 letters, digits and any of . _ : / + -")
+        ids = [self._experiment_id()]
+        found = mlflow.search_runs(ids, f"tags.joint_run = '{name}'", max_results=1, output_format="list")
+        return found[0].info.run_id if found else None
+
     def _killed_run(self, run_params: dict[str, Any]) -> str | None:
         """The run that an interrupted process of the same command left; one of another command is marked as killed."""
         import mlflow
@@ -401,12 +418,10 @@ class MlflowHook:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _tags(self, run_params: dict[str, Any]) -> dict[str, str]:
-        git = {"git_commit": ["rev-parse", "HEAD"], "git_changes": ["status", "--porcelain"]}
-        tags = {name: _git(self._project, *arguments) for name, arguments in git.items()}
-        changes = {"": "none", _UNKNOWN: _UNKNOWN}
-        tags["git_changes"] = changes.get(tags["git_changes"], "uncommitted changes")
+        commit, changes = _code(self._project)
         return {
-            **tags,
+            "git_commit": commit,
+            "git_changes": changes,
             "kedro_env": str(self._env),
             "command": _command(run_params),
             "pipelines": ", ".join(sorted(run_params.get("pipeline_names") or ["all"])),
@@ -441,6 +456,15 @@ def _command(run_params: dict[str, Any]) -> str:
         words += ["--params", ",".join(fitting)]
     others = [key for key, value in parameters.items() if "," in value]
     return shlex.join(words) + (f"  # and {', '.join(others)}, whose commas --params cannot hold" if others else "")
+
+
+def _code(project: Path) -> tuple[str, str]:
+    """Commit, and whether there are changes since."""
+    changed, unchanged = "uncommitted changes", "none"
+    if given := os.environ.get(_GIT_COMMIT):
+        return given.removesuffix("-dirty"), changed if given.endswith("-dirty") else unchanged
+    status = _git(project, "status", "--porcelain")
+    return _git(project, "rev-parse", "HEAD"), {"": unchanged, _UNKNOWN: _UNKNOWN}.get(status, changed)
 
 
 def _git(folder: Path, *arguments: str) -> str:
