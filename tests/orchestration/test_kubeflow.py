@@ -108,7 +108,7 @@ def test_the_steps_are_in_the_order_in_which_data_flows_and_hand_over_files_on_t
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"tracking_uri": "sqlite:////htr/mlflow.db"}, "a file in a container is gone with it. Give the address of a"),
+        ({"tracking_uri": "sqlite:////htr/mlflow.db"}, "containers need a server, since a file in one is gone"),
         ({"tracking_uri": "https://me:secret@mlflow"}, "MLflow's address holds a password, which everyone"),
         ({"claim": "My Lines"}, "--claim My Lines: expected the name of a PersistentVolumeClaim, such as htr-data"),
         ({"secrets": [("mlflow", "")]}, "--secret mlflow: expected the name of a secret and that of a key"),

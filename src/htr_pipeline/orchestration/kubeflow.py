@@ -33,7 +33,7 @@ class Steps:
         cpus: requested for each step, as Kubernetes writes it.
         memory: likewise.
         gpus: for the steps that train.
-        retries: of a step that fails or whose node goes away; training goes on from its checkpoint.
+        retries: of a step whose process fails or is killed; training goes on from its checkpoint.
     """
 
     image: str
@@ -48,8 +48,9 @@ class Steps:
     def __post_init__(self) -> None:
         if not self.tracking_uri.startswith(("http://", "https://")):
             raise UserError(
-                f"MLflow at {self.tracking_uri}: a file in a container is gone with it. Give the address of a server, "
-                "such as http://mlflow.mlflow:5000, by --tracking-uri, MLFLOW_TRACKING_URI or conf/local/mlflow.yml."
+                f"MLflow at {without_passwords(self.tracking_uri)}: containers need a server, since a file in one is "
+                "gone with it. Give its address, such as http://mlflow.mlflow:5000, by --tracking-uri, "
+                "MLFLOW_TRACKING_URI or conf/local/mlflow.yml."
             )
         if without_passwords(self.tracking_uri) != self.tracking_uri:
             raise UserError(
