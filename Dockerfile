@@ -4,13 +4,14 @@ FROM ${PYTHON_IMAGE}
 # GPU=1 puts TensorFlow with CUDA in the place of the one for processors.
 ARG GPU=
 WORKDIR /htr
-ENV PATH=/opt/htr/bin:$PATH PYTHONUNBUFFERED=1 DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true TF_CPP_MIN_LOG_LEVEL=2
+ENV PATH=/opt/htr/bin:$PATH PYTHONUNBUFFERED=1 DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true \
+    TF_CPP_MIN_LOG_LEVEL=2 GIT_PYTHON_REFRESH=quiet
 COPY requirements.lock ./
 RUN python3 -m venv /opt/htr \
     && pip install --no-cache-dir --disable-pip-version-check -r requirements.lock \
     && if [ -n "$GPU" ]; then \
-        tensorflow="$(pip freeze | sed -n 's/^tensorflow[-_]cpu==/tensorflow[and-cuda]==/p')" \
-        && pip uninstall --yes tensorflow-cpu \
+        tensorflow="$(pip freeze | sed -nE 's/^tensorflow([-_]cpu)?==/tensorflow[and-cuda]==/p')" \
+        && pip uninstall --yes tensorflow-cpu tensorflow \
         && pip install --no-cache-dir --disable-pip-version-check "$tensorflow"; \
     fi
 COPY . .

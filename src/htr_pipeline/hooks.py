@@ -461,7 +461,7 @@ def _command(run_params: dict[str, Any]) -> str:
 def _code(project: Path) -> tuple[str, str]:
     """Commit, and whether there are changes since."""
     changed, unchanged = "uncommitted changes", "none"
-    if given := os.environ.get(_GIT_COMMIT):
+    if (given := os.environ.get(_GIT_COMMIT) or _UNKNOWN) != _UNKNOWN:
         return given.removesuffix("-dirty"), changed if given.endswith("-dirty") else unchanged
     status = _git(project, "status", "--porcelain")
     return _git(project, "rev-parse", "HEAD"), {"": unchanged, _UNKNOWN: _UNKNOWN}.get(status, changed)

@@ -233,4 +233,4 @@ def test_polygon_that_runs_to_and_fro_costs_little():
     grey = page(20_000, 40)
     start = time.process_time()
     cut_line(grey, outline.tolist(), (rng.integers(0, 40, (2000, 2)) * (500, 1)).tolist()[:3])
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5
