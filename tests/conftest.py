@@ -1,3 +1,6 @@
+SLOWEST = ("test_run.py", "test_training.py", "test_kubeflow.py", "test_distribution.py")
+
+
 def pytest_collection_modifyitems(items):
-    """The slowest file first: with several workers, one of them would end with it alone."""
-    items.sort(key=lambda item: item.path.name != "test_run.py")
+    """The slowest files first: with several workers, one of them would end with such a file alone."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
