@@ -1,4 +1,4 @@
-SLOWEST = ("test_run.py", "test_training.py", "test_kubeflow.py", "test_distribution.py")
+SLOWEST = ("test_run.py", "test_training.py", "test_distribution.py", "test_loss.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -662,6 +662,56 @@ def test_schedule_retrains_from_the_champion_where_lines_are_new(project):
     assert "Nothing to do: retraining begins with 1." in again.stdout
 
 
+# --- a cluster -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mlflow_server(tmp_path):
+    """Address of a tracking server that keeps the artifacts too."""
+    stores = ("--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "artifacts")
+    with serving(tmp_path, "/health", ("server", *stores, "--workers", "1")) as address:
+        yield address
+
+
+def test_steps_of_kubeflow_share_one_run_on_a_tracking_server(project, mlflow_server, tmp_path):
+    import mlflow
+
+    (project / "mlflow.db").unlink()
+    command = [sys.executable, "-m", "kedro", "kubeflow", "--image", "htr", "--tracking-uri", mlflow_server]
+    command += ["--output", "steps.yaml", "--env", "test", "--params", "report.title=Ours"]
+    done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pipeline, platforms = yaml.safe_load_all((project / "steps.yaml").read_text(encoding="utf-8"))
+    on_cluster = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    given = pipeline["root"]["inputDefinitions"]["parameters"]["params"]["defaultValue"]
+    for name in ("data-validation", "registration", "reporting"):  # what the others make is there already
+        container = pipeline["deploymentSpec"]["executors"][f"exec-{name}"]["container"]
+        words = [word.replace("{{$.inputs.parameters['params']}}", given) for word in container["args"]]
+        variables = {entry["name"]: entry["value"] for entry in container["env"]}
+        variables |= {entry["name"]: "3a6e-90b3" for entry in on_cluster[f"exec-{name}"]["fieldPathAsEnv"]}
+        variables |= {"HTR_GIT_COMMIT": "5" * 40}  # as the image has it
+        step = subprocess.run(
+            [sys.executable, "-m", *container["command"], *words],
+            cwd=project,
+            env=environment() | variables,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert step.returncode == 0, step.stdout + step.stderr
+    assert not (project / "mlflow.db").exists()
+    store = mlflow.MlflowClient(mlflow_server, mlflow_server)
+    (run,) = store.search_runs([store.get_experiment_by_name("htr_pipeline").experiment_id])
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "kedro run")
+    assert run.data.tags["pipelines"] == "data_validation, registration, reporting"
+    assert run.data.tags["git_commit"] == "5" * 40
+    champion = store.get_model_version_by_alias("htr", "champion")
+    assert champion.run_id == run.info.run_id
+    assert len([*tmp_path.glob("artifacts/**/model.keras")]) == 1
+    logged = {entry.path for entry in store.list_artifacts(run.info.run_id)}
+    assert {"report.html", "validation"} <= logged
+
+
 # --- one batch -------------------------------------------------------------------------------------------------------
 
 

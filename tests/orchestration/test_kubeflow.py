@@ -1,17 +1,15 @@
-"""What `kedro kubeflow` writes, as Kubeflow reads it, and its steps as processes."""
+"""What `kedro kubeflow` writes, as Kubeflow reads it; tests/test_run.py runs steps of it."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-import mlflow
 import pytest
 import yaml
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.orchestration.kubeflow import Steps, run_commands, schedule_commands, write_pipeline
 from htr_pipeline.pipeline_registry import register_pipelines
-from tests.project import environment, new_project, serving
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("data_validation", "feature_extraction", "training", "evaluation", "registration", "reporting")
@@ -135,47 +133,3 @@ def test_another_ending_of_the_file_is_refused_and_nothing_is_left(tmp_path):
 def test_commands_that_need_no_kubeflow_do_not_load_it():
     code = "import sys, htr_pipeline.cli, htr_pipeline.orchestration.kubeflow; sys.exit('kfp' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.fixture
-def mlflow_server(tmp_path):
-    """Address of a tracking server that keeps the artifacts too."""
-    stores = ("--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "artifacts")
-    with serving(tmp_path, "/health", ("server", *stores, "--workers", "1")) as address:
-        yield address
-
-
-def test_the_steps_share_one_run_on_a_tracking_server(mlflow_server, tmp_path):
-    project = new_project(tmp_path / "project")
-    kubeflow = [sys.executable, "-m", "kedro", "kubeflow", "--image", "htr", "--tracking-uri", mlflow_server]
-    asked = ["--output", "steps.yaml", "--env", "test", "--params", "training.epochs=1"]
-    done = subprocess.run([*kubeflow, *asked], cwd=project, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    pipeline, platforms = yaml.safe_load_all((project / "steps.yaml").read_text(encoding="utf-8"))
-    on_cluster = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    dag, left = pipeline["root"]["dag"]["tasks"], []
-    while len(left) < len(dag):  # what Kubeflow does: whatever all that it depends on has ended
-        left += [name for name in dag if name not in left and set(dag[name].get("dependentTasks", [])) <= {*left}]
-    given = pipeline["root"]["inputDefinitions"]["parameters"]["params"]["defaultValue"]
-    for name in left:
-        container = pipeline["deploymentSpec"]["executors"][f"exec-{name}"]["container"]
-        words = [word.replace("{{$.inputs.parameters['params']}}", given) for word in container["args"]]
-        variables = {entry["name"]: entry["value"] for entry in container["env"]}
-        variables |= {entry["name"]: "3a6e-90b3" for entry in on_cluster[f"exec-{name}"]["fieldPathAsEnv"]}
-        command = [sys.executable, "-m", *container["command"], *words]
-        commit = {"HTR_GIT_COMMIT": f"{'5' * 40}-dirty"}  # as the image has it
-        step = subprocess.run(
-            command, cwd=project, env=environment() | commit | variables, capture_output=True, text=True, timeout=300
-        )
-        assert step.returncode == 0, step.stdout + step.stderr
-    assert not (project / "mlflow.db").exists()
-    store = mlflow.MlflowClient(mlflow_server, mlflow_server)
-    (run,) = store.search_runs([store.get_experiment_by_name("htr_pipeline").experiment_id])
-    assert (run.info.status, run.info.run_name) == ("FINISHED", "kedro run")
-    assert run.data.tags["pipelines"] == ", ".join(name.replace("-", "_") for name in left)
-    assert (run.data.tags["git_commit"], run.data.tags["git_changes"]) == ("5" * 40, "uncommitted changes")
-    assert store.get_model_version_by_alias("htr", "champion").run_id == run.info.run_id
-    assert run.data.params["training.epochs"] == "1"
-    assert "test_cer_beam_lm" in run.data.metrics
-    logged = {entry.path for entry in store.list_artifacts(run.info.run_id)}
-    assert {"report.html", "learning_curves.svg", "validation"} <= logged
