@@ -55,8 +55,9 @@ serve: $(INSTALLED) ## the champion on http://127.0.0.1:5001/invocations: line i
 	@test "$(MLFLOW_TRACKING_URI)" != sqlite:///mlflow.db || test -f mlflow.db || { echo "There is no model yet: make run trains and registers one."; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI="$(MLFLOW_TRACKING_URI)" $(BIN)/mlflow models serve -m "$(MODEL)" --env-manager local --host 127.0.0.1 --port 5001
 
-image: ## the project as a container image, for Kubeflow (docs/deployment.md)
-	docker build --build-arg COMMIT="$$(git describe --always --abbrev=40 --exclude '*' --dirty)" --tag htr_pipeline .
+image: ## the project as a container image, for Kubeflow (docs/deployment.md); with GPU=1 for GPUs
+	docker build --tag htr_pipeline --build-arg GPU="$(GPU)" \
+		--build-arg COMMIT="$$(git rev-parse HEAD)$$(test -z "$$(git status --porcelain)" || echo -dirty)" .
 
 viz: $(INSTALLED) ## the pipelines drawn by kedro-viz on http://127.0.0.1:4141
 	$(BIN)/kedro viz run --host 127.0.0.1 --port 4141

@@ -128,6 +128,14 @@ def test_processes_with_one_name_or_id_of_a_run_write_into_it(project, monkeypat
     assert last.data.tags["pipelines"] == "training, evaluation, reporting"
     words = [f"kedro run --pipelines {name}" for name in ("training", "evaluation", "reporting")]
     assert last.data.tags["command"] == " && ".join(words)
+    with monkeypatch.context() as patch:
+        patch.setenv("HTR_JOINT_RUN", "killed")
+        run = Run(project, MlflowHook())
+        run.begin()
+        killed = mlflow.active_run().info.run_id
+        mlflow.end_run("RUNNING")  # as a process leaves it that is killed
+    done("training", HTR_JOINT_RUN="job/3")
+    assert mlflow.get_run(killed).info.status == "KILLED"
     with pytest.raises(UserError, match=r"HTR_JOINT_RUN=it's: expected at most 250 letters, digits and any of"):
         done(HTR_JOINT_RUN="it's")
 

@@ -28,6 +28,7 @@ from htr_pipeline.core.recipe import DECODERS
 from htr_pipeline.io.tracking import database_of, tracking_uri, without_passwords
 
 _RETRAINED = Path("data/.retrained.json")  # the lines of the last retraining by `kedro schedule`
+_RETRAINING_ENV = "finetune"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORMATS = click.Choice(("page", "alto", "text", "tsv", "hocr"))  # io.exporters.FORMATS, which takes a while to import
 # How Kedro's ValueErrors begin about a pipeline, nodes and tags that there are not.
@@ -89,6 +90,11 @@ def _settings_message(exc: ParameterValidationError) -> str:
     )
     lines = words.splitlines()
     return "\n".join(lines[1:] or lines)
+
+
+def _params_and_text(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, dict[str, Any]]:
+    """The settings, beside the text for the processes that are to have them."""
+    return value, _split_params(ctx, param, value)
 
 
 run = copy.copy(kedro_run)
@@ -204,9 +210,9 @@ def transcribe(
 @click.option(
     "--min-new-lines", default=1, show_default=True, type=click.IntRange(1), help="With fewer, nothing is retrained."
 )
-@click.option("--env", "-e", default="finetune", show_default=True, help="Kedro environment of the runs.")
-@click.option("--params", default="", help="Settings of the runs, as for run.")
-def schedule(every: str | None, min_new_lines: int, env: str, params: str) -> None:
+@click.option("--env", "-e", default=_RETRAINING_ENV, show_default=True, help="Kedro environment of the runs.")
+@click.option("--params", default="", help="Settings of the runs, as for run.", callback=_params_and_text)
+def schedule(every: str | None, min_new_lines: int, env: str, params: tuple[str, dict[str, Any]]) -> None:
     """Look for new transcriptions and, where there are any, run everything again from the champion.
 
     The new model becomes the champion only if it reads the same test lines better.
@@ -219,7 +225,7 @@ def schedule(every: str | None, min_new_lines: int, env: str, params: str) -> No
         started = time.monotonic()
         try:
             with errors_in_words():
-                code = _look_and_retrain(min_new_lines, env, params)
+                code = _look_and_retrain(min_new_lines, env, *params)
         except click.ClickException as exc:
             if interval is None:
                 raise
@@ -232,11 +238,11 @@ def schedule(every: str | None, min_new_lines: int, env: str, params: str) -> No
         time.sleep(wait)
 
 
-def _look_and_retrain(min_new_lines: int, env: str, params: str) -> int:
+def _look_and_retrain(min_new_lines: int, env: str, params: str, settings: dict[str, Any]) -> int:
     """Exit code of the run; 0 where none was needed."""
     from htr_pipeline.orchestration import schedule as retraining
 
-    context = _load_context(env, settings := _split_params(None, None, params))
+    context = _load_context(env, settings)
     os.chdir(context.project_path)
     found = retraining.look(context.params, _RETRAINED)
     click.echo(retraining.in_words(found))
@@ -266,7 +272,9 @@ def _look_and_retrain(min_new_lines: int, env: str, params: str) -> int:
     type=click.Path(path_type=Path, dir_okay=False),
     help="File to write.",
 )
-@click.option("--tracking-uri", help="Address of the MLflow server; default: that of mlflow.yml or of the environment.")
+@click.option(
+    "--tracking-uri", "address", help="Address of the MLflow server; default: that of mlflow.yml or of the environment."
+)
 @click.option(
     "--claim",
     default="htr-data",
@@ -279,19 +287,24 @@ def _look_and_retrain(min_new_lines: int, env: str, params: str) -> int:
     multiple=True,
     help="SECRET:KEY, which becomes the environment variable KEY; may be repeated.",
 )
-@click.option("--cpus", help="Requested for each step, as 4 or 500m.")
-@click.option("--memory", help="Requested for each step, as 8Gi.")
-@click.option("--gpus", default=0, show_default=True, type=click.IntRange(0), help="For the step of training.")
+@click.option("--cpus", help="Request of each step, as 4 or 500m.")
+@click.option("--memory", help="Request and limit of each step, as 8Gi.")
+@click.option("--gpus", default=0, show_default=True, type=click.IntRange(0, 1000), help="For the step of training.")
 @click.option(
-    "--retries", default=2, show_default=True, type=click.IntRange(0), help="Of a step that fails or is killed."
+    "--retries", default=2, show_default=True, type=click.IntRange(0, 1000), help="Of a step that fails or is killed."
 )
 @click.option("--retrain", is_flag=True, help="One step that runs `kedro schedule`, for recurring runs.")
 @click.option("--env", "-e", help="Kedro environment of the steps.")
-@click.option("--params", default="", help="Settings of runs that are started without any, as for run.")
+@click.option(
+    "--params",
+    default="",
+    help="Settings of runs that are started without any, as for run.",
+    callback=_params_and_text,
+)
 def kubeflow(
     image: str,
     output: Path,
-    tracking_uri: str | None,
+    address: str | None,
     claim: str,
     secrets: tuple[str, ...],
     cpus: str | None,
@@ -300,20 +313,22 @@ def kubeflow(
     retries: int,
     retrain: bool,
     env: str | None,
-    params: str,
+    params: tuple[str, dict[str, Any]],
 ) -> None:
     """Write the pipelines as a pipeline of Kubeflow, a step each. docs/deployment.md shows the rest."""
-    from htr_pipeline.io import tracking
     from htr_pipeline.orchestration.kubeflow import Steps, run_commands, schedule_commands, write_pipeline
 
     names = [name for name in pipelines if name != "__default__"]
+    if retrain:
+        env = env or _RETRAINING_ENV
     commands = schedule_commands(env) if retrain else run_commands(names, env)
     output = output.absolute()
+    text, settings = params
     with errors_in_words():
-        context = _load_context(env, _split_params(None, None, params))
+        context = _load_context(env, settings)
         steps = Steps(
             image=image,
-            tracking_uri=tracking_uri or tracking.tracking_uri(context.project_path, context.config_loader["mlflow"]),
+            tracking_uri=address or tracking_uri(context.project_path, context.config_loader["mlflow"]),
             claim=claim,
             secrets=[(name, key) for name, _, key in (secret.partition(":") for secret in secrets)],
             cpus=cpus,
@@ -321,23 +336,20 @@ def kubeflow(
             gpus=gpus,
             retries=retries,
         )
-        write_pipeline(output, commands, steps, params)
+        try:
+            write_pipeline(output, commands, steps, text)
+        except OSError as exc:
+            raise UserError(f"--output {output}: the file cannot be written ({exc.strerror}).") from exc
     click.echo(f"Steps in {output}: {', '.join(commands)}.")
-    submit = [
-        "kfp",
-        "--endpoint",
-        "ADDRESS",
-        "run",
-        "create",
-        "--experiment-name",
-        "htr",
-        "--package-file",
-        str(output),
-    ]
     if retrain:
-        submit[3] = "recurring-run"
-        submit[-2:] = ["--job-name", "htr", "--pipeline-package-path", str(output), "--interval-second", "86400"]
-    click.echo(f"{'Once a day' if retrain else 'A run'}: {shlex.join(submit)}")
+        submit = "recurring-run create --enabled --job-name htr --cron-expression '0 0 3 * * *' --pipeline-package-path"
+        click.echo("At three every night (six fields, seconds first):")
+    else:
+        submit = "run create --package-file"
+        click.echo("A run:")
+    click.echo(
+        f"  kfp --endpoint ADDRESS {submit} {shlex.quote(str(output))} --experiment-name htr params=source.path=..."
+    )
 
 
 def _load_context(env: str | None, params: dict[str, Any] | None = None) -> KedroContext:

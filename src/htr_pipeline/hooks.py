@@ -39,7 +39,7 @@ _RUN_FILE = Path("data/.mlflow_run.json")
 _UNKNOWN = "unknown"
 # In the environment of processes that are to write into one MLflow run: a name for it that is nobody else's.
 _JOINT_RUN = "HTR_JOINT_RUN"
-# In the environment of an image, where there is no git: what `git describe --always --abbrev=40 --dirty` said.
+# In the environment of an image, where there is no git: its hash, and -dirty if there were changes.
 _GIT_COMMIT = "HTR_GIT_COMMIT"
 _MOST_PARAMETER_CHARACTERS = 6000  # MLflow cuts what is longer
 # What a run was asked for: Kedro's options, and its names for them.
@@ -281,8 +281,13 @@ class MlflowHook:
     def _start(self, run_params: dict[str, Any]) -> None:
         import mlflow
 
-        joint = os.environ.get(_JOINT_RUN)
-        run_id = os.environ.get("MLFLOW_RUN_ID") or (self._joint_run(joint) if joint else self._killed_run(run_params))
+        joint, left = os.environ.get(_JOINT_RUN), self._left_run()
+        run_id = os.environ.get("MLFLOW_RUN_ID") or (self._joint_run(joint) if joint else None)
+        if left and not (joint or run_id) and left["command"] == self._command_hash(run_params):
+            run_id = left["run_id"]
+            logger.info("Going on in the MLflow run %s of an interrupted process.", run_id)
+        elif left and left["run_id"] != run_id:
+            mlflow.MlflowClient().set_terminated(left["run_id"], "KILLED")
         if run_id is None:
             names = [] if joint else sorted(run_params.get("pipeline_names") or [])
             mlflow.set_experiment(experiment_id=self._experiment_id())
@@ -294,8 +299,8 @@ class MlflowHook:
         known = mlflow.get_run(self._run_id).data  # by an earlier process, perhaps of another command
         own = self._tags(run_params)
         tags = {name: known.tags.get(name, tag) for name, tag in own.items()}
-        for name, joint in (("command", " && "), ("pipelines", ", ")):
-            tags[name] = joint.join(dict.fromkeys(tags[name].split(joint) + own[name].split(joint)))
+        for name, between in (("command", " && "), ("pipelines", ", ")):
+            tags[name] = between.join(dict.fromkeys(tags[name].split(between) + own[name].split(between)))
         mlflow.set_tags(tags)
         parameters = _flat(self._parameters, whole=("hot_words",))  # words are no names of parameters
         mlflow.log_params({name: value for name, value in parameters.items() if name not in known.params})
@@ -396,22 +401,17 @@ class MlflowHook:
         found = mlflow.search_runs(ids, f"tags.joint_run = '{name}'", max_results=1, output_format="list")
         return found[0].info.run_id if found else None
 
-    def _killed_run(self, run_params: dict[str, Any]) -> str | None:
-        """The run that an interrupted process of the same command left; one of another command is marked as killed."""
+    def _left_run(self) -> dict[str, str] | None:
+        """Id and command of the run that an interrupted process left."""
         import mlflow
         from mlflow.exceptions import MlflowException
 
         try:
             left = json.loads((self._project / _RUN_FILE).read_text())
-            if mlflow.get_run(left["run_id"]).info.status not in ("RUNNING", "KILLED"):
-                return None
+            status = mlflow.get_run(left["run_id"]).info.status
         except (OSError, ValueError, MlflowException):
             return None
-        if left["command"] == self._command_hash(run_params):
-            logger.info("Going on in the MLflow run %s of an interrupted process.", left["run_id"])
-            return left["run_id"]
-        mlflow.MlflowClient().set_terminated(left["run_id"], "KILLED")
-        return None
+        return left if status in ("RUNNING", "KILLED") else None
 
     def _command_hash(self, run_params: dict[str, Any]) -> str:
         content = json.dumps([_asked(run_params), self._parameters], sort_keys=True, default=str)

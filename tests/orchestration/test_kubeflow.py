@@ -1,12 +1,19 @@
 """What `kedro kubeflow` writes, as Kubeflow reads it; tests/test_run.py runs steps of it."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from click.testing import CliRunner
+from kedro.framework.startup import bootstrap_project
+from kfp.cli.recurring_run import recurring_run
+from kfp.cli.run import run
 
+from htr_pipeline.cli import cli
 from htr_pipeline.core.config import UserError
 from htr_pipeline.orchestration.kubeflow import Steps, run_commands, schedule_commands, write_pipeline
 from htr_pipeline.pipeline_registry import register_pipelines
@@ -109,13 +116,23 @@ def test_the_steps_are_in_the_order_in_which_data_flows_and_hand_over_files_on_t
     ("changed", "message"),
     [
         ({"tracking_uri": "sqlite:////htr/mlflow.db"}, "containers need a server, since a file in one is gone"),
+        ({"tracking_uri": "postgresql://me:secret@mlflow/db"}, "MLflow at postgresql://mlflow/db: containers need a"),
+        ({"tracking_uri": "http://localhost:5000"}, "MLflow at http://localhost:5000: expected an address that a cont"),
+        ({"tracking_uri": "http://my server"}, "MLflow at http://my server: expected an address that a container"),
+        ({"image": ""}, "--image : expected the name of an image, such as REGISTRY/htr_pipeline:1"),
+        ({"image": "my image"}, "--image my image: expected the name of an image"),
         ({"tracking_uri": "https://me:secret@mlflow"}, "MLflow's address holds a password, which everyone"),
         ({"claim": "My Lines"}, "--claim My Lines: expected the name of a PersistentVolumeClaim, such as htr-data"),
         ({"secrets": [("mlflow", "")]}, "--secret mlflow: expected the name of a secret and that of a key"),
         ({"secrets": [("mlflow", "user-name")]}, "--secret mlflow:user-name: expected"),
+        ({"secrets": [("mlflow", "KÄY")]}, "--secret mlflow:KÄY: expected"),
+        ({"secrets": [("a", "KEY"), ("b", "KEY")]}, "--secret a:KEY: KEY would be set twice"),
+        ({"secrets": [("a", "HTR_JOINT_RUN")]}, "--secret a:HTR_JOINT_RUN: HTR_JOINT_RUN would be set twice"),
         ({"cpus": "four"}, "--cpus four: expected a number, such as 4, 0.5 or 500m"),
-        ({"memory": "8 GB"}, "--memory 8 GB: expected a number with its unit, such as 8Gi"),
-        ({"memory": "8"}, "--memory 8: expected a number with its unit"),
+        ({"cpus": "٤"}, "--cpus ٤: expected a number"),
+        ({"memory": "8 GB"}, "--memory 8 GB: expected a whole number with its unit, such as 8Gi"),
+        ({"memory": "1.5Gi"}, "--memory 1.5Gi: expected a whole number with its unit"),
+        ({"memory": "8"}, "--memory 8: expected a whole number with its unit"),
     ],
 )
 def test_what_the_cluster_would_refuse_is_said_now(changed, message):
@@ -128,6 +145,66 @@ def test_another_ending_of_the_file_is_refused_and_nothing_is_left(tmp_path):
     with pytest.raises(UserError, match=r"--output .*htr\.yml: expected a file named \.yaml"):
         write_pipeline(tmp_path / "htr.yml", schedule_commands(None), Steps("htr", SERVER))
     assert not list(tmp_path.iterdir())
+
+
+def test_signs_that_break_lines_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--params '\\u2028x=1': expected printable characters"):
+        write_pipeline(tmp_path / "htr.yaml", schedule_commands(None), Steps("htr", SERVER), "\u2028x=1")
+
+
+class Client:
+    """Takes the place of kfp's, which asks a cluster; notes what its command line was asked for."""
+
+    def __init__(self):
+        self.asked = {}
+
+    def create_experiment(self, name):
+        return SimpleNamespace(experiment_id=name)
+
+    def create_recurring_run(self, **asked):
+        self.asked = asked
+
+    def run_pipeline(self, **asked):
+        self.asked = asked
+
+
+@pytest.mark.parametrize("retrain", [False, True])
+def test_the_command_line_of_kubeflow_takes_the_command_that_is_printed(tmp_path, monkeypatch, retrain):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", SERVER)
+    output = tmp_path / "my steps.yaml"
+    asked = ["kubeflow", "--image", "htr", "--output", str(output), *(["--retrain"] if retrain else [])]
+    bootstrap_project(ROOT)
+    monkeypatch.chdir(ROOT)
+    printed = CliRunner().invoke(cli, asked, catch_exceptions=False).output
+    assert f"Steps in {output}: " in printed
+    command = shlex.split(next(line for line in printed.splitlines() if line.startswith("  kfp ")))
+    group = recurring_run if retrain else run
+    assert command[:5] == ["kfp", "--endpoint", "ADDRESS", group.name, "create"]
+    client = Client()
+    done = CliRunner().invoke(group, command[4:], obj={"client": client, "output": "json"})
+    assert client.asked, done.output
+    if retrain:
+        assert client.asked["enabled"] is True
+        assert client.asked["params"] == {"params": "source.path=..."}
+        container = executor(next(yaml.safe_load_all(output.read_text(encoding="utf-8"))), "retraining")
+        assert container["command"] == ["kedro", "schedule", "--env", "finetune"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--params", "training.epochs", "must contain a key and a value separated by `=`"),
+        ("--output", "/proc/htr.yaml", "--output /proc/htr.yaml: the file cannot be written"),
+        ("--gpus", "1001", "is not in the range"),
+    ],
+)
+def test_options_that_cannot_be_are_a_sentence(tmp_path, monkeypatch, option, value, message):
+    bootstrap_project(ROOT)
+    monkeypatch.chdir(ROOT)
+    given = {"--image": "htr", "--tracking-uri": SERVER, "--output": str(tmp_path / "htr.yaml"), option: value}
+    done = CliRunner().invoke(cli, ["kubeflow", *(word for pair in given.items() for word in pair)])
+    assert done.exit_code in (1, 2)
+    assert message in done.output
 
 
 def test_commands_that_need_no_kubeflow_do_not_load_it():

@@ -17,8 +17,11 @@ from htr_pipeline.io.tracking import without_passwords
 PROJECT = "/htr"  # in the image, as the Dockerfile has it
 _NAME = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"  # of Kubernetes' objects, RFC 1123
 _RUN_ID = "metadata.labels['pipeline/runid']"  # of the pod; Kubeflow's own placeholder is not filled in everywhere
+_IMAGE = r"[A-Za-z0-9][-A-Za-z0-9_.:/@]*"
+_HERE = r"(?i)://(localhost|127\.|0\.0\.0\.0|\[::1?\])"
 _TRAINING = ("training", "retraining")
 _QUIET = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+_SET = ("MLFLOW_TRACKING_URI", "HTR_JOINT_RUN", *_QUIET)
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Steps:
         tracking_uri: address of the MLflow server.
         claim: PersistentVolumeClaim of the volume that is mounted as /htr/data.
         secrets: keys of Kubernetes secrets as (secret, key); each becomes the environment variable of the key's name.
-        cpus: requested for each step, as Kubernetes writes it.
-        memory: likewise.
+        cpus: request of each step, as Kubernetes writes it.
+        memory: request and limit of each step, likewise.
         gpus: for the steps that train.
         retries: of a step whose process fails or is killed; training goes on from its checkpoint.
     """
@@ -46,7 +49,9 @@ class Steps:
     retries: int = 2
 
     def __post_init__(self) -> None:
-        if not self.tracking_uri.startswith(("http://", "https://")):
+        if not re.fullmatch(_IMAGE, self.image):
+            raise UserError(f"--image {self.image}: expected the name of an image, such as REGISTRY/htr_pipeline:1.")
+        if not re.match("https?://", self.tracking_uri, re.IGNORECASE):
             raise UserError(
                 f"MLflow at {without_passwords(self.tracking_uri)}: containers need a server, since a file in one is "
                 "gone with it. Give its address, such as http://mlflow.mlflow:5000, by --tracking-uri, "
@@ -58,18 +63,25 @@ class Steps:
                 "Kubernetes secret with the keys MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and name these "
                 "by --secret NAME:KEY."
             )
+        if not re.fullmatch(r"\w+://[!-~]+", self.tracking_uri) or re.search(_HERE, self.tracking_uri):
+            raise UserError(
+                f"MLflow at {self.tracking_uri}: expected an address that a container on the cluster can reach, such "
+                "as http://mlflow.mlflow:5000; localhost would be the container itself."
+            )
         if not re.fullmatch(_NAME, self.claim):
             raise UserError(f"--claim {self.claim}: expected the name of a PersistentVolumeClaim, such as htr-data.")
         for secret, key in self.secrets:
-            if not re.fullmatch(_NAME, secret) or not re.fullmatch(r"[A-Za-z_]\w*", key):
+            if not re.fullmatch(_NAME, secret) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
                 raise UserError(
                     f"--secret {f'{secret}:{key}'.rstrip(':')}: expected the name of a secret and that of a key which "
                     "can be an environment variable, such as mlflow:MLFLOW_TRACKING_PASSWORD."
                 )
-        if self.cpus and not re.fullmatch(r"\d+(\.\d+)?|\d+m", self.cpus):
+            if key in _SET or [each for _, each in self.secrets].count(key) > 1:
+                raise UserError(f"--secret {secret}:{key}: {key} would be set twice.")
+        if self.cpus and not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?|[0-9]{1,9}m", self.cpus):
             raise UserError(f"--cpus {self.cpus}: expected a number, such as 4, 0.5 or 500m.")
-        if self.memory and not re.fullmatch(r"\d+(\.\d+)?([EPTGMK]i?)", self.memory):
-            raise UserError(f"--memory {self.memory}: expected a number with its unit, such as 8Gi or 8G.")
+        if self.memory and not re.fullmatch(r"[0-9]{1,9}[TGM]i?", self.memory):
+            raise UserError(f"--memory {self.memory}: expected a whole number with its unit, such as 8Gi or 8000M.")
 
 
 def run_commands(pipelines: Sequence[str], env: str | None) -> dict[str, list[str]]:
@@ -103,6 +115,8 @@ def write_pipeline(output: Path, commands: Mapping[str, Sequence[str]], steps: S
             f"Kubeflow's compiler cannot be loaded ({exc}). Install it: .venv/bin/pip install 'kfp>=2.17' "
             "'kfp-kubernetes>=2.17'"
         ) from exc
+    if not params.isprintable():
+        raise UserError(f"--params {params!r}: expected printable characters.")
     if output.suffix != ".yaml":
         raise UserError(f"--output {output}: expected a file named .yaml, such as kubeflow.yaml.")
 
