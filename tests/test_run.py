@@ -677,7 +677,7 @@ def test_steps_of_kubeflow_share_one_run_on_a_tracking_server(project, mlflow_se
     import mlflow
 
     (project / "mlflow.db").unlink()
-    command = [sys.executable, "-m", "kedro", "kubeflow", "--image", "htr", "--tracking-uri", mlflow_server]
+    command = [sys.executable, "-m", "kedro", "kubeflow", "--image", "htr", "--tracking-uri", "http://mlflow:5000"]
     command += ["--output", "steps.yaml", "--env", "test", "--params", "report.title=Ours"]
     done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -689,6 +689,8 @@ def test_steps_of_kubeflow_share_one_run_on_a_tracking_server(project, mlflow_se
         words = [word.replace("{{$.inputs.parameters['params']}}", given) for word in container["args"]]
         variables = {entry["name"]: entry["value"] for entry in container["env"]}
         variables |= {entry["name"]: "3a6e-90b3" for entry in on_cluster[f"exec-{name}"]["fieldPathAsEnv"]}
+        assert variables["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+        variables |= {"MLFLOW_TRACKING_URI": mlflow_server}
         variables |= {"HTR_GIT_COMMIT": "5" * 40}  # as the image has it
         step = subprocess.run(
             [sys.executable, "-m", *container["command"], *words],

@@ -319,8 +319,7 @@ def kubeflow(
     from htr_pipeline.orchestration.kubeflow import Steps, run_commands, schedule_commands, write_pipeline
 
     names = [name for name in pipelines if name != "__default__"]
-    if retrain:
-        env = env or _RETRAINING_ENV
+    env = env or (_RETRAINING_ENV if retrain else None)
     commands = schedule_commands(env) if retrain else run_commands(names, env)
     output = output.absolute()
     text, settings = params
