@@ -39,7 +39,7 @@ _RUN_FILE = Path("data/.mlflow_run.json")
 _UNKNOWN = "unknown"
 # In the environment of processes that are to write into one MLflow run: a name for it that is nobody else's.
 _JOINT_RUN = "HTR_JOINT_RUN"
-# In the environment of an image, where there is no git: its hash, and -dirty if there were changes.
+# In the environment of an image, which has no git: hash of the commit, and -dirty if there were changes.
 _GIT_COMMIT = "HTR_GIT_COMMIT"
 _MOST_PARAMETER_CHARACTERS = 6000  # MLflow cuts what is longer
 # What a run was asked for: Kedro's options, and its names for them.
