@@ -283,6 +283,15 @@ def test_a_network_that_was_not_measured_is_not_registered_with_figures_of_anoth
     with pytest.raises(UserError, match="The metrics were measured with another network"):
         registered(project)
     assert num_versions(project) == 1
+    paths = catalog(project)
+    old = mtimes(paths)
+    succeed(project, "--from-nodes", "read_lines", "--params", "training.epochs=1")
+    changed = {name for name, mtime in mtimes(paths).items() if mtime != old[name]}
+    evaluation = {"tuned_decoding", "readings", "calibration", "predictions", "metrics"}
+    assert changed == {*evaluation, "registration", "report"}
+    page = paths["report"].read_text(encoding="utf-8")
+    assert "of another network" not in page
+    assert "kedro run --env test --from-nodes read_lines --params training.epochs=1" in page
 
 
 def registered(project, run_id=None, alias="champion", **features):
@@ -563,8 +572,11 @@ def test_run_goes_through_on_threads_and_on_processes(project):
 def test_the_gpu_environment_trains_on_a_cpu_too(project):
     small = "model.size=XS,training.epochs=1,training.batch_size=8,training.precision=mixed_bfloat16"
     command = [sys.executable, "-m", "kedro", "run", "--env", "gpu", "--pipeline", "training", "--params", small]
-    done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
+    folder = project / "notebooks"
+    folder.mkdir()
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(folder.iterdir())  # a checkpoint least of all: the path of the settings means the project's folder
     parameters = mlflow_runs(project)[0].data.params
     assert parameters["training.distribution"] == "mirrored"
     assert parameters["training.precision"] == "mixed_bfloat16"

@@ -364,7 +364,7 @@ def test_time_is_linear_in_the_keys_of_json_lines(tmp_path):
     table.write_text("".join(f'{{"image": "1.png", "text": "a", "key {i}": 1}}\n' for i in range(30_000)))
     start = time.process_time()
     assert len(list(read_table(table, SourceConfig(path=str(table))))) == 30_000
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 5
 
 
 def test_half_a_character_in_json_lines_is_rejected_and_shown(tmp_path):

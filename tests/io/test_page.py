@@ -311,7 +311,7 @@ def test_billion_laughs_are_refused_at_once_wherever_the_file_hides_them(source)
     (source / "late.xml").write_text(text.replace("<!DOCTYPE", f"<!--{' ' * 10**6}--><!DOCTYPE"), encoding="utf-8")
     _, rejected = read(source)
     assert "DOCTYPE" in rejected[0]["detail"]
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 2
 
 
 def test_polygon_of_a_million_points_is_refused(source):
@@ -353,7 +353,7 @@ def test_custom_attribute_of_megabytes_takes_no_time(source):
     start = time.process_time()
     add(source, "escriptorium_2019.xml", change={"structure {": "readingOrder{index " * 10**5 + "structure {"})
     assert len(texts(source)) == 2
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 3
 
 
 def test_deeply_nested_elements_are_refused(source):

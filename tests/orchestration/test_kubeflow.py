@@ -3,7 +3,6 @@
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +16,8 @@ from htr_pipeline.cli import cli
 from htr_pipeline.core.config import UserError
 from htr_pipeline.orchestration.kubeflow import Steps, run_commands, schedule_commands, write_pipeline
 from htr_pipeline.pipeline_registry import register_pipelines
+from tests.project import ROOT
 
-ROOT = Path(__file__).parents[2]
 NAMES = ("data_validation", "feature_extraction", "training", "evaluation", "registration", "reporting")
 SERVER = "http://mlflow:5000"
 

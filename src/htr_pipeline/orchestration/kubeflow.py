@@ -20,8 +20,7 @@ _RUN_ID = "metadata.labels['pipeline/runid']"  # of the pod; Kubeflow's own plac
 _IMAGE = r"[A-Za-z0-9][-A-Za-z0-9_.:/@]*"
 _HERE = r"(?i)://(localhost|127\.|0\.0\.0\.0|\[::1?\])"
 _TRAINING = ("training", "retraining")
-_QUIET = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
-_SET = ("MLFLOW_TRACKING_URI", "HTR_JOINT_RUN", *_QUIET)
+_SET = ("MLFLOW_TRACKING_URI", "HTR_JOINT_RUN")
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,7 @@ def write_pipeline(output: Path, commands: Mapping[str, Sequence[str]], steps: S
         return dsl.container_component(step)
 
     def equip(task: Any, trains: bool) -> None:
-        for name, value in (("MLFLOW_TRACKING_URI", steps.tracking_uri), *_QUIET.items()):
-            task.set_env_variable(name, value)
+        task.set_env_variable("MLFLOW_TRACKING_URI", steps.tracking_uri)
         kubernetes.use_field_path_as_env(task, env_name="HTR_JOINT_RUN", field_path=_RUN_ID)
         for secret, key in steps.secrets:
             kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env={key: key})
