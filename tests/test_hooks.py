@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,6 +139,15 @@ def test_processes_with_one_name_or_id_of_a_run_write_into_it(project, monkeypat
     assert mlflow.get_run(killed).info.status == "KILLED"
     with pytest.raises(UserError, match=r"HTR_JOINT_RUN=it's: expected at most 250 letters, digits and any of"):
         done(HTR_JOINT_RUN="it's")
+
+
+def test_a_server_that_does_not_answer_is_asked_three_times(project, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:S3cret@127.0.0.1:9")
+    with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9: .* that of MLFLOW_TRACKING_URI in the"):
+        Run(project, MlflowHook()).begin()
+    retries = [record for record in caplog.records if record.getMessage().startswith("Retrying (Retry(")]
+    assert len(retries) == 2
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
 @pytest.mark.parametrize(

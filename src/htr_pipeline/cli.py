@@ -25,7 +25,7 @@ from kedro.validation.exceptions import ParameterValidationError
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import DECODERS
-from htr_pipeline.io.tracking import database_of, tracking_uri, without_passwords
+from htr_pipeline.io.tracking import database_of, little_patience, tracking_uri, without_passwords
 
 _RETRAINED = Path("data/.retrained.json")  # the lines of the last retraining by `kedro schedule`
 _RETRAINING_ENV = "finetune"
@@ -177,11 +177,10 @@ def transcribe(
                     f"{uri}: no model has been registered there. `kedro run` trains and registers one; --model starter "
                     "reads with the network that the package brings along."
                 )
-            # Of a server that does not answer one wants to know now; MLflow would try for minutes.
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         elif model != STARTER and Path(model).is_dir():
             model = str(Path(model).absolute())
-        start = StartingPoint.find(model, "--model")
+        with little_patience():
+            start = StartingPoint.find(model, "--model")
         os.chdir(context.project_path)  # where the store is, and images that lay within a table
         done = transcribe(
             source,
@@ -221,6 +220,8 @@ def schedule(every: str | None, min_new_lines: int, env: str, params: tuple[str,
 
     with errors_in_words():
         interval = parse_interval(every) if every else None
+        if every and os.environ.get("HTR_JOINT_RUN"):
+            raise UserError("HTR_JOINT_RUN would put each retraining of --every into the same MLflow run: unset it.")
     while True:
         started = time.monotonic()
         try:

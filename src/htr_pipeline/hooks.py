@@ -29,7 +29,7 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import DECODERS
 from htr_pipeline.io.atomic import replacing
 from htr_pipeline.io.checkpoints import FileCheckpoints, check_place
-from htr_pipeline.io.tracking import database_of, mlflow_error, tracking_uri, without_passwords
+from htr_pipeline.io.tracking import database_of, little_patience, mlflow_error, tracking_uri, without_passwords
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +248,9 @@ class MlflowHook:
             if database:
                 self._open(database)
             atexit.register(self._interrupted)
-            self._start(run_params)
+            # Steps that a scheduler starts are not waited for by anybody: their server may be starting too.
+            with contextlib.nullcontext() if os.environ.get(_JOINT_RUN) else little_patience():
+                self._start(run_params)
         except (MlflowException, OSError) as exc:
             with contextlib.suppress(Exception):  # the server may be gone
                 mlflow.end_run("KILLED")  # the same command goes on in it

@@ -1,9 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.io.tracking import database_of, tracking_uri, without_passwords
+from htr_pipeline.io.tracking import database_of, little_patience, tracking_uri, without_passwords
 
 SETTINGS = {"tracking_uri": "sqlite:///mlflow.db", "artifact_path": "mlartifacts", "experiment": "letters"}
 
@@ -28,6 +29,17 @@ def test_the_database_lies_in_the_project_and_the_environment_goes_first(monkeyp
 def test_wrong_settings_are_named(change, message):
     with pytest.raises(UserError, match=message):
         tracking_uri(Path("/project"), SETTINGS | change)
+
+
+@pytest.mark.parametrize("given", [None, "5"])
+def test_patience_is_little_for_a_while_unless_the_environment_says_how_much(monkeypatch, given):
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(name, given)
+    with little_patience():
+        assert os.environ[name] == (given or "2")
+    assert os.environ.get(name) == given
 
 
 def test_passwords_are_not_shown():

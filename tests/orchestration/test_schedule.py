@@ -8,7 +8,9 @@ import sys
 import time
 
 import pytest
+from click.testing import CliRunner
 
+from htr_pipeline.cli import schedule
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.importers import SourceConfig, SourcesConfig
 from htr_pipeline.io.importers.demo import DemoConfig
@@ -101,6 +103,12 @@ def test_mlflow_that_does_not_answer_is_named_without_its_password(lines, tmp_pa
         start_of(found, [], "http://bob:S3cret@127.0.0.1:9", RegistrationConfig())
     assert "S3cret" not in str(error.value)
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_retrainings_do_not_all_join_one_run():
+    done = CliRunner().invoke(schedule, ["--every", "12h"], env={"HTR_JOINT_RUN": "3a6e-90b3"})
+    assert done.exit_code == 1
+    assert "HTR_JOINT_RUN would put each retraining of --every into the same MLflow run: unset it." in done.output
 
 
 def test_intervals():

@@ -2,13 +2,15 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from htr_pipeline.core.config import UserError
 
 _SETTINGS = ("tracking_uri", "artifact_path", "experiment")
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
 def tracking_uri(project: Path, settings: Mapping[str, Any]) -> str:
@@ -43,6 +45,22 @@ def without_passwords(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
+@contextmanager
+def little_patience() -> Iterator[None]:
+    """A server that does not answer within it is an error after seconds, not minutes; what the environment says counts.
+
+    For the first question, whose answer somebody waits for. What writes results has all of MLflow's patience.
+    """
+    given = _RETRIES in os.environ
+    os.environ.setdefault(_RETRIES, "2")
+    try:
+        yield
+    finally:
+        if not given:
+            os.environ.pop(_RETRIES, None)
+
+
 def mlflow_error(uri: str, exc: Exception) -> UserError:
     """What MLflow, or the way to it, said."""
-    return UserError(without_passwords(f"MLflow at {uri}: {exc}"))
+    advice = "The address is that of MLFLOW_TRACKING_URI in the environment, or else of mlflow.yml in conf/."
+    return UserError(without_passwords(f"MLflow at {uri}: {exc} {advice}"))

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import re
 import signal
 import subprocess
@@ -18,14 +17,13 @@ from typing import Any
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.atomic import replacing
 from htr_pipeline.io.importers import import_lines
-from htr_pipeline.io.tracking import database_of, mlflow_error
+from htr_pipeline.io.tracking import database_of, little_patience, mlflow_error
 from htr_pipeline.pipelines.registration.nodes import RegistrationConfig, find_champion
 
 logger = logging.getLogger(__name__)
 
 _UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 _HASH_DIGITS = 16  # enough to tell millions of lines apart
-_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
 @dataclass(frozen=True)
@@ -128,16 +126,11 @@ def start_of(found: Look, asked: Sequence[str], uri: str, registration: Registra
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    retries = os.environ.get(_RETRIES)
-    os.environ[_RETRIES] = retries or "2"  # one wants to know now; the run itself has all of MLflow's patience
     try:
-        champion = find_champion(mlflow.MlflowClient(uri, uri), registration)
+        with little_patience():
+            champion = find_champion(mlflow.MlflowClient(uri, uri), registration)
     except (MlflowException, OSError) as exc:
         raise mlflow_error(uri, exc) from exc
-    finally:
-        os.environ.pop(_RETRIES)
-        if retries:
-            os.environ[_RETRIES] = retries
     return f"models:/{registration.model_name}@{registration.alias}" if champion else None
 
 

@@ -1,4 +1,5 @@
 import functools
+import gc
 import io
 import itertools
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from htr_pipeline.core.ctc.compilation import without_collection
 from htr_pipeline.core.ctc.decoding import beam_search, greedy_search, line_confidence, warm_up
 from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram, advance
 from htr_pipeline.core.ctc.lexicon import Lexicon, bare_word, is_letter
@@ -630,6 +632,17 @@ def test_warm_up_may_run_beside_a_search():
     thread.start()
     assert beam_search(logs([0.9, 0.1]))[0][0].labels.tolist() == [0]
     thread.join()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_garbage_is_collected_after_a_compilation_as_before_it(before):
+    try:
+        (gc.enable if before else gc.disable)()
+        with without_collection():
+            assert not gc.isenabled()
+        assert gc.isenabled() == before
+    finally:
+        gc.enable()
 
 
 class TestWrongLanguage:

@@ -13,11 +13,12 @@ within each of its callers.
 """
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
 
-from htr_pipeline.core.ctc.compilation import WITHOUT_COUNTS, compiled
+from htr_pipeline.core.ctc.compilation import WITHOUT_COUNTS, compiled, without_collection
 from htr_pipeline.core.ctc.kernel_cpu import LN_2_HIGH, LN_2_LOW, LOG2_E
 from htr_pipeline.core.ctc.language_model import END, UNKNOWN, advance, child_of
 
@@ -126,6 +127,9 @@ class _Rows(NamedTuple):
     contexts: np.ndarray  # (longest n-gram,) int32, to work in
     backoffs: np.ndarray  # (longest n-gram,) float64, to work in
 
+
+# Language parts, given or not, that _search was called with and is compiled for.
+_known_parts: set[tuple[bool, bool, bool]] = set()
 
 # 2 ** -n; e^-40, the smallest power wanted, is above the last.
 _POWERS = 0.5 ** np.arange(60)
@@ -716,15 +720,7 @@ def search(
         np.empty((top_paths, num_frames, 2), np.int32),
         np.empty((top_paths, num_frames)),
     )
-    num_paths = _search(
-        frames,
-        blank,
-        width,
-        top_paths,
-        *weights,
-        characters,
-        words,
-        lexicon,
+    work = (
         None if characters is None else _rows(width, num_classes, characters.order),
         np.zeros(1 << (2 * width * num_frames + 1).bit_length(), np.int32),
         np.empty((7, width + _LANES)),
@@ -738,7 +734,10 @@ def search(
         np.empty(num_states),
         np.empty((2, num_states + 2)),
         np.empty((num_frames, num_states), np.int8),
-        *found,
     )
+    parts = characters is not None, words is not None, lexicon is not None
+    with nullcontext() if parts in _known_parts else without_collection():
+        num_paths = _search(frames, blank, width, top_paths, *weights, characters, words, lexicon, *work, *found)
+    _known_parts.add(parts)
     lengths, totals, labels, spans, confidences = (array[:num_paths] for array in found)
     return lengths, totals, labels, spans, confidences
