@@ -67,4 +67,4 @@ lock: $(INSTALLED) ## resolve the newest releases into the lock files
 	$(BIN)/uv pip compile benchmarks/requirements.in -c requirements.lock $(LOCK_OPTIONS) -o benchmarks/requirements.lock
 
 clean: ## remove results, runs and models (not the sources in data/01_raw)
-	rm -rf data/0[2-8]* data/01_raw/demo data/01_raw/unpacked data/.lock data/.mlflow_run.json mlflow.db mlartifacts
+	rm -rf data/0[2-8]* data/01_raw/demo data/01_raw/unpacked data/.lock data/.mlflow_run.json data/.retrained.json mlflow.db mlartifacts

@@ -84,10 +84,11 @@ def test_new_lines_without_a_model_or_with_wrong_settings_are_a_sentence(tmp_pat
     project = new_project(tmp_path / "project")
     source = ["conf", "--output", str(tmp_path / "out")]
     for arguments, message in (
-        ([], "no model has been registered there. `kedro run` trains and registers one; --model starter reads"),
+        ([], "no model has been registered, for there is no "),
         (["--model", "here"], "--model = 'here': Expected a folder with model.keras"),
         (["--model", "starter", "--looks", "1"], "no lines recognised"),
         (["--params", "training.epochs=3"], "--params training: only settings of source count here"),
+        (["--params", "source.path=here"], "--params source.path=here: PATH is given already: conf. Leave one out."),
         (["--params", "source.id_colum=id"], "Did you mean source.id_column?"),
     ):
         done = kedro_transcribe(project, *source, *arguments)

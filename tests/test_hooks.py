@@ -108,6 +108,14 @@ def test_after_a_run_that_ctrl_c_has_left_in_a_notebook_the_next_one_goes_on_in_
     assert mlflow.get_run(left).info.status == "FINISHED"
 
 
+@pytest.mark.parametrize("left", ["{}", "[]", "no json"])
+def test_a_damaged_note_of_the_last_run_counts_as_none(project, left):
+    (project / "data").mkdir()
+    (project / "data/.mlflow_run.json").write_text(left, encoding="utf-8")
+    run = Run(project, LockHook(), SettingsHook(), MlflowHook())
+    run.begin_and_end()
+
+
 def test_processes_with_one_name_or_id_of_a_run_write_into_it(project, monkeypatch):
     def done(*pipelines, **variables):
         with monkeypatch.context() as patch:

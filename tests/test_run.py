@@ -153,12 +153,25 @@ print(json.dumps({name: json.loads(answer.to_json(orient="records")) for name, a
 """
 
 
+_PRINT_PATH_OF_MODEL = """
+from htr_pipeline.io.starting_point import StartingPoint
+path = StartingPoint.find("models:/htr@champion").model_path
+assert path.exists()
+print(path)
+"""
+
+
 def test_training_can_start_from_an_alias_and_knows_its_version(toy, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{toy.project / 'mlflow.db'}")
     start = StartingPoint.find("models:/htr@champion")
     assert start.name == "models:/htr/1"
     assert start.charset().to_json() == catalog(toy.project)["charset"].read_text(encoding="utf-8")
     assert StartingPoint.find("models:/htr/1/").content_hash() == start.content_hash()
+    kept = subprocess.run(
+        [sys.executable, "-c", _PRINT_PATH_OF_MODEL], capture_output=True, text=True, timeout=100, check=True
+    ).stdout.strip()
+    assert kept.endswith("network.keras")
+    assert not Path(kept).exists()  # a download goes with its process
 
 
 def test_champion_reads_paths_and_bytes_in_a_fresh_process_and_reports_a_broken_image(toy, tmp_path):
@@ -738,6 +751,10 @@ def test_check_batch_says_in_one_sentence_that_everything_fits_from_a_registered
     done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Data, charset, lengths and loss fit together: 8 lines" in done.stdout
+    (project / "conf/local/mlflow.yml").unlink()
+    done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "no model has been registered, for there is no " in done.stderr
     assert not (project / "mlflow.db").exists()
 
 

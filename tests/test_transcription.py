@@ -14,8 +14,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from htr_pipeline import transcription
 from htr_pipeline.core.config import UserError
+from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.core.metrics import score_lines
+from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.core.synthesis import Font, draw_style, render_line
 from htr_pipeline.io.importers import NewLinesConfig
 from htr_pipeline.io.starting_point import StartingPoint
@@ -207,6 +210,12 @@ def test_folder_of_a_network_is_checked_and_its_own_settings_count(lines, starte
             run(lines, tmp_path / "c/out", StartingPoint.find(str(folder)))
         shutil.copytree(starter.model_path.parent, folder, dirs_exist_ok=True)
         (folder / "settings.json").unlink(missing_ok=True)
+
+
+def test_readings_of_lines_that_were_normalised_otherwise_are_not_taken(starter):
+    configs = ImageConfig(), ImageConfig(deslant=False), ImageConfig()
+    hashes = [transcription._reading_hash(starter.files().values(), config, DecodingConfig()) for config in configs]
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_killed_process_loses_only_the_lines_in_hand(lines, starter, tmp_path):

@@ -25,7 +25,7 @@ from kedro.validation.exceptions import ParameterValidationError
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import DECODERS
-from htr_pipeline.io.tracking import database_of, little_patience, tracking_uri, without_passwords
+from htr_pipeline.io.tracking import little_patience, tracking_uri, without_passwords
 
 _RETRAINED = Path("data/.retrained.json")  # the lines of the last retraining by `kedro schedule`
 _RETRAINING_ENV = "finetune"
@@ -165,18 +165,15 @@ def transcribe(
         if params or not isinstance(settings, dict):
             wrong = ", ".join(params) or f"source={settings}"
             raise UserError(f"--params {wrong}: only settings of source count here, as source.id_column=id.")
+        if "path" in settings:
+            raise UserError(f"--params source.path={settings['path']}: PATH is given already: {path}. Leave one out.")
         source, output = NewLinesConfig(**{"path": str(path.absolute()), **settings}), output.absolute()
         context = _load_context(env)
         registration = context.params["registration"]
         if model is None:
             model = f"models:/{registration.model_name}@{registration.alias}"
         if model.startswith("models:"):
-            uri = _use_mlflow(context)
-            if (database := database_of(uri)) and not database.exists():
-                raise UserError(  # MLflow would make a database
-                    f"{uri}: no model has been registered there. `kedro run` trains and registers one; --model starter "
-                    "reads with the network that the package brings along."
-                )
+            _use_mlflow(context)
         elif model != STARTER and Path(model).is_dir():
             model = str(Path(model).absolute())
         with little_patience():
@@ -382,14 +379,15 @@ def check_batch(seconds: float, env: str | None, params: dict[str, Any]) -> None
         os.chdir(context.project_path)  # which paths among the settings mean
         if str(settings["training"].start_from).startswith("models:"):
             _use_mlflow(context)
-        passed, sentence = check_training_batch(
-            catalog.load("features"),
-            catalog.load("feature_stats"),
-            settings["model"],
-            settings["training"],
-            settings["checkpoint"],
-            seconds,
-        )
+        with little_patience():
+            passed, sentence = check_training_batch(
+                catalog.load("features"),
+                catalog.load("feature_stats"),
+                settings["model"],
+                settings["training"],
+                settings["checkpoint"],
+                seconds,
+            )
     if not passed:
         raise click.ClickException(sentence)
     click.echo(sentence)

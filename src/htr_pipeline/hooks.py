@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -27,7 +28,7 @@ from kedro.pipeline import Pipeline
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import DECODERS
-from htr_pipeline.io.atomic import replacing
+from htr_pipeline.io.atomic import remove_leftovers, replacing
 from htr_pipeline.io.checkpoints import FileCheckpoints, check_place
 from htr_pipeline.io.tracking import database_of, little_patience, mlflow_error, tracking_uri, without_passwords
 
@@ -168,9 +169,8 @@ class LockHook:
         with contextlib.suppress(OSError):  # Windows: a locked file cannot be written or read by its name
             self._path.write_text(f"{os.getpid()}, since {datetime.now().astimezone().isoformat(' ', 'seconds')}")
         try:
-            for left in self._path.parent.glob("*/.partial-[0-9]*"):  # files of processes that were killed at them
-                if left.is_file():
-                    left.unlink(missing_ok=True)
+            for folder in self._path.parent.glob("*/"):
+                remove_leftovers(folder)
             return (yield)
         except BaseException:
             self._lock.release()
@@ -274,8 +274,7 @@ class MlflowHook:
                     "MLflow made them, install that one."
                 ) from exc
             return
-        for left in database.parent.glob(f".partial-*-{database.name}*"):  # of such a process
-            left.unlink(missing_ok=True)
+        remove_leftovers(database.parent, f"{glob.escape(database.name)}*")  # its journal too
         with replacing(database) as partial:
             store = SqlAlchemyStore(f"sqlite:///{partial}", (self._project / self._settings["artifact_path"]).as_uri())
             store.engine.dispose()
@@ -411,7 +410,7 @@ class MlflowHook:
         try:
             left = json.loads((self._project / _RUN_FILE).read_text())
             status = mlflow.get_run(left["run_id"]).info.status
-        except (OSError, ValueError, MlflowException):
+        except (OSError, ValueError, KeyError, TypeError, MlflowException):
             return None
         return left if status in ("RUNNING", "KILLED") else None
 

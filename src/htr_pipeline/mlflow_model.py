@@ -104,7 +104,7 @@ class LineReader(mlflow.pyfunc.PythonModel):
             self._language_model = load_language_model(files["language_model"])
             words = files["lexicon"].read_text(encoding="utf-8").split()
             self._lexicon = DecodingConfig(**settings["decoding"]).build_lexicon(words, charset)
-        self._features = ImageConfig(**settings["features"])
+        self.image_config = ImageConfig(**settings["features"])
         self._decoding = settings["decoding"]
         self._calibrations = {
             decoder: {level: Calibration(**fitted) for level, fitted in levels.items()}
@@ -154,7 +154,7 @@ class LineReader(mlflow.pyfunc.PythonModel):
         lines, errors = [], {}
         for index, image in enumerate(images):
             try:
-                pixels = normalise_line(_grey(image), self._features).pixels
+                pixels = normalise_line(_grey(image), self.image_config).pixels
                 lines.append(Line(str(index), pixels, ""))
             except UserError as exc:
                 errors[index] = str(exc)

@@ -18,6 +18,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError
+from htr_pipeline.core.image import ImageConfig, signature
+from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.io.atomic import check_writable
 from htr_pipeline.io.checkpoints import DAMAGED_ARCHIVE
 from htr_pipeline.io.exporters import (
@@ -128,7 +130,7 @@ def transcribe(
     reader = _load(model, files)
     decoding = reader.decoding(decoder=decoder, looks=looks)
     hashes = {row["content_hash"] for row in rows}
-    with _Readings(store, _reading_hash(files.values(), asdict(decoding))) as readings:
+    with _Readings(store, _reading_hash(files.values(), reader.image_config, decoding)) as readings:
         known = readings.find(hashes)
         num_known = sum(row["content_hash"] in known for row in rows)
         new = {row["content_hash"]: row for row in rows if row["content_hash"] not in known}
@@ -241,10 +243,12 @@ def _without_errors(
         yield row["content_hash"], text, confidence
 
 
-def _reading_hash(files: Iterable[Path], decoding: dict[str, Any]) -> str:
+def _reading_hash(files: Iterable[Path], image_config: ImageConfig, decoding: DecodingConfig) -> str:
     """Of all that a reading depends on beside the image."""
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return hashlib.sha256(json.dumps([version("htr-pipeline"), contents, decoding]).encode()).hexdigest()
+    versions = [version(package) for package in ("htr-pipeline", "keras")]
+    content = json.dumps([versions, signature(image_config), contents, asdict(decoding)])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _nothing_to_read(path: str, num_found: int, rejected: pa.Table) -> str:

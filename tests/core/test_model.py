@@ -78,10 +78,12 @@ def test_forget_gates_are_open_at_the_beginning(model):
 
 def test_sizes_are_as_documented():
     parameters = {
-        size: build_model(ModelConfig(size=size), 101, 48, seed=0).count_params() for size in ("XS", "S", "M", "L")
+        size: build_model(ModelConfig(size=size), 101, 48, seed=0).count_params()
+        for size in ("XS", "S", "SM", "M", "L")
     }
     assert 0.1e6 < parameters["XS"] < 0.3e6
     assert 0.7e6 < parameters["S"] < 0.9e6
+    assert 1.6e6 < parameters["SM"] < 1.7e6
     assert 3e6 < parameters["M"] < 4e6
     assert 6.5e6 < parameters["L"] < 7.5e6
 

@@ -301,6 +301,9 @@ def test_checkpoint_with_other_arrays_than_were_saved_is_damaged(tmp_path):
 def test_what_a_process_left_that_was_killed_while_it_saved_is_removed(tmp_path):
     path = tmp_path / "checkpoint.npz"
     FileCheckpoints(path, "one").save({}, {"step": 1})
-    (tmp_path / ".partial-123-checkpoint.npz").write_bytes(b"half")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for process_id in (dead.pid, os.getppid()):
+        (tmp_path / f".partial-{process_id}-checkpoint.npz").write_bytes(b"half")
     assert FileCheckpoints(path, "one").load() == ({}, {"step": 1})
-    assert names(tmp_path) == ["checkpoint.npz"]
+    assert names(tmp_path) == [f".partial-{os.getppid()}-checkpoint.npz", "checkpoint.npz"]

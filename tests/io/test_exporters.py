@@ -71,6 +71,17 @@ def test_page_line_without_text_gets_it_where_the_schema_wants_it():
     assert line.find("TextEquiv").get("conf") == "0.2500"
 
 
+def test_words_of_a_page_line_are_replaced_in_their_order_of_reading():
+    words = "".join(
+        f"<Word id='{name}' custom='readingOrder {{index:{place};}}'><Coords points='0,0'/></Word>"
+        for name, place in {"second": 1, "first": 0}.items()
+    )
+    page = f"<PcGts><Page><TextRegion><TextLine id='l'>{words}</TextLine></TextRegion></Page></PcGts>"
+    line = page_line(edit_page(page.encode(), {"l": NewText("a b", 0.9)}), "l")
+    texts = {word.get("id"): word.findtext("TextEquiv/Unicode") for word in line.findall("Word")}
+    assert texts == {"first": "a", "second": "b"}
+
+
 def test_text_of_a_page_region_is_made_of_its_lines():
     root = local(ElementTree.fromstring(edit_page(PAGE_XML.encode(), {"l1": NewText("one", 0.9)})))
     assert root.findtext(".//TextRegion/TextEquiv/Unicode") == "one\n\nuntouched"
@@ -391,6 +402,18 @@ def test_file_that_is_gone_is_an_error_that_names_the_page(pages, tmp_path):
     (source / "page" / "p.xml").unlink()
     with pytest.raises(UserError, match=r"page 'p': .*has no PAGE file of it any more"):
         export("page", *tables(rows, {"source": source}), tmp_path / "out")
+
+
+def test_of_two_files_of_one_page_the_one_that_was_imported_is_written(tmp_path):
+    source = tmp_path / "source"
+    for folder, page in {"alto": PAGE_XML[:-20], "page": PAGE_XML}.items():
+        (source / folder).mkdir(parents=True)
+        (source / folder / "p.xml").write_text(page, encoding="utf-8")
+    Image.new("L", (200, 100), 255).save(source / "p.png")
+    records, rejected = import_rows(source, "page")
+    assert [row["reason"] for row in rejected if row["line_id"] == "p"] == ["unreadable_xml"]
+    rows = [record | {"split": "test"} for record in records]
+    assert export("page", *tables(rows, {"source": source}), tmp_path / "out") == [tmp_path / "out/page/p.xml"]
 
 
 def test_pipe_that_was_put_in_the_place_of_a_page_does_not_block(pages, tmp_path, monkeypatch):

@@ -542,6 +542,13 @@ def test_data_hash_follows_texts_images_and_splits(tmp_path, manifest):
     assert FeatureShards(tmp_path / "text").data_hash(("train",)) == features.data_hash(("train",))
 
 
+def test_figures_of_other_lines_are_refused(tmp_path, manifest):
+    features = save(tmp_path / "features", manifest)
+    features.check_stats({"data_hash": features.data_hash()})
+    with pytest.raises(UserError, match=r"feature_stats is of data 0f0f.*Run `kedro run --from-nodes summarise_feat"):
+        features.check_stats({"data_hash": "0f" * 32})
+
+
 def test_images_of_several_sources_lie_in_their_own_folders(tmp_path):
     for source in ("first", "second"):
         (tmp_path / source).mkdir()

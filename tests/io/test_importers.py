@@ -554,8 +554,9 @@ def test_unpacking_again_writes_nothing_anew(tmp_path, unpacking):
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "unpacked").rglob("*") if path.is_file()}
 
 
-def test_images_without_distinct_names_are_numbered(tmp_path, unpacking):
-    images = [{"bytes": encoded(i), "path": "image.png"} for i in range(2)]
+@pytest.mark.parametrize("paths", [("image.png", "image.png"), ("image.png", "image.jpg"), ("image.png", None)])
+def test_images_without_distinct_names_are_numbered(tmp_path, unpacking, paths):
+    images = [{"bytes": encoded(i), "path": name} for i, name in enumerate(paths)]
     write_shard(tmp_path / "t.parquet", images)
     assert list(by_line(import_rows(tmp_path / "t.parquet", config=unpacking)[0])) == ["t/000001", "t/000002"]
 

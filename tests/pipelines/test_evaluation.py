@@ -126,7 +126,6 @@ def measure(predictions, before, num_test=0, learnt=()):
         predictions,
         before,
         features(0, num_test),
-        {"data_hash": "0f"},
         charset,
         {"learnt_lines": learnt},
         tuned,

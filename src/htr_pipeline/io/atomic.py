@@ -34,6 +34,35 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path, of: str = "*") -> None:
+    """Removes the files and folders, in `folder` itself, that killed processes were writing; not those under way.
+
+    Args:
+        folder: where they would be; it may be missing.
+        of: their targets' name, with * and ? as usual.
+    """
+    for left in folder.glob(f".partial-[0-9]*-{of}"):
+        process_id = left.name.split("-")[1]
+        if not process_id.isdecimal() or _is_running(int(process_id)):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _is_running(process_id: int) -> bool:
+    if os.name != "posix":
+        return True  # signal 0 is harmless on POSIX only
+    try:
+        os.kill(process_id, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return process_id != os.getpid()  # which in a container is the same each time
+
+
 def check_writable(folder: Path) -> None:
     """Makes the folder where it is missing, and a file in it that goes again.
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.io.atomic import check_writable, replacing
+from htr_pipeline.io.atomic import check_writable, remove_leftovers, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,7 @@ class FileCheckpoints:
         Raises:
             UserError: the file is damaged.
         """
-        for left in self._path.parent.glob(f".partial-*-{glob.escape(self._path.name)}"):
-            left.unlink(missing_ok=True)  # of processes that were killed while they saved
+        remove_leftovers(self._path.parent, glob.escape(self._path.name))
         other, damage = None, None
         for path in filter(Path.exists, (self._path, self._aside(self._fingerprint))):
             try:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -229,6 +229,18 @@ class FeatureShards:
         """Hash of everything that went into the shards of these splits: texts, images and settings."""
         keys = [_read_key(path) for split in splits for path in self._paths(split)]
         return hashlib.sha256("".join(keys).encode()).hexdigest()
+
+    def check_stats(self, feature_stats: Mapping[str, Any]) -> None:
+        """Looks whether these figures are those of the shards.
+
+        Raises:
+            UserError: of other ones, as when a run ended between the two nodes that make them.
+        """
+        if feature_stats["data_hash"] != (data_hash := self.data_hash()):
+            raise UserError(
+                f"feature_stats is of data {feature_stats['data_hash'][:12]}, the features on disk are data "
+                f"{data_hash[:12]}. Run `kedro run --from-nodes summarise_features`."
+            )
 
     def lines(self, split: str, rng: np.random.Generator | None = None) -> Iterator[Line]:
         """The lines of a split, one row group in memory at a time.

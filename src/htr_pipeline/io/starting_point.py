@@ -1,8 +1,10 @@
 """The trained network that fine-tuning starts from: in a folder, in the MLflow Model Registry, or in this package."""
 
 import contextlib
+import functools
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.core.text import Charset
 from htr_pipeline.io.checkpoints import DAMAGED_ARCHIVE
 from htr_pipeline.io.datasets import read_network
+from htr_pipeline.io.tracking import database_of
 
 # The model that the package brings along, under this name; a folder of that name is ./starter.
 STARTER = "starter"
@@ -184,11 +187,23 @@ def _registered(uri: str, setting: str) -> tuple[str, Path]:
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    if (database := database_of(mlflow.get_tracking_uri())) and not database.exists():  # MLflow would make it
+        raise UserError(
+            f"{setting} = {uri!r}: no model has been registered, for there is no {database}. `kedro run` trains and "
+            f"registers one; {setting} = {STARTER} takes the network that the package brings along."
+        )
     found = uri.rstrip("/")
     model, at, alias = found.removeprefix("models:/").partition("@")
     try:
         if at:
             found = f"models:/{model}/{mlflow.MlflowClient().get_model_version_by_alias(model, alias).version}"
-        return found, Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{found}/artifacts"))
+        folder = tempfile.mkdtemp(dir=_downloads().name)
+        return found, Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{found}/artifacts", dst_path=folder))
     except MlflowException as exc:
         raise UserError(f"{setting} = {uri!r}: MLflow does not have it: {exc.message}") from None
+
+
+@functools.cache
+def _downloads() -> tempfile.TemporaryDirectory[str]:
+    """A folder that goes with the process."""
+    return tempfile.TemporaryDirectory(prefix="htr_pipeline-")

@@ -54,7 +54,7 @@ def parse_interval(text: str) -> float:
     Raises:
         UserError: it is none.
     """
-    match = re.fullmatch(r"(\d{1,6})\s*([mhd])", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,4})\s*([mhd])", text.strip().lower())
     if not match or int(match[1]) == 0:
         raise UserError(f"--every {text}: expected a number of minutes, hours or days, such as 30m, 12h or 7d.")
     return int(match[1]) * _UNITS[match[2]]

@@ -155,10 +155,16 @@ def of_format(lines: list[dict[str, Any]], format: str) -> list[dict[str, Any]]:
 
 
 def _page_files(path: Path, page_format: PageFormat) -> dict[str, str]:
-    """The XML file of each page, relative to the source's folder; of two of one page the first, as at the import."""
+    """The XML file of each page, relative to the source's folder; of several of one page the one that was imported."""
     root = path.parent if path.is_file() else path
-    names = [name for name in xml_files(path) if root_tag(root / name) == page_format.root_tag]
-    return {page_id_of(name): name for name in reversed(names)}
+    files: dict[str, list[str]] = {}
+    for name in xml_files(path):
+        if root_tag(root / name) == page_format.root_tag:
+            files.setdefault(page_id_of(name), []).append(name)
+    return {
+        page_id: names[0] if len(names) == 1 else next((n for n in names if page_format.can_read(root, n)), names[0])
+        for page_id, names in files.items()
+    }
 
 
 def _edit(

@@ -42,7 +42,7 @@ def edit_page(data: bytes, new_texts: Mapping[str, NewText]) -> bytes:
     xml, lines = _open(data, "PcGts", "id", new_texts)
     for line_id, new in new_texts.items():
         line = lines[line_id]
-        words, texts = line.findall("Word"), new.text.split(" ")
+        words, texts = in_custom_order(line.findall("Word")), new.text.split(" ")
         for word in words:
             if len(words) != len(texts):
                 xml.remove(word)

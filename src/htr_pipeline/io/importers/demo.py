@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.synthesis import Font, draw_style, render_line
-from htr_pipeline.io.atomic import replace_folder
+from htr_pipeline.io.atomic import remove_leftovers, replace_folder
 from htr_pipeline.io.workers import map_jobs
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def render_demo(folder: str | Path, config: DemoConfig, progress: bool = True) -
 
     writers = _plan_writers(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
+    remove_leftovers(folder.parent, glob.escape(folder.name))
     partial = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
     try:
         (partial / "lines").mkdir(parents=True)
@@ -273,23 +273,3 @@ def _render_writer(folder: Path, writer: _Writer) -> int:
         _, png = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 3])
         (folder / row["image"]).write_bytes(png.tobytes())
     return len(writer.texts)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes what renderings that were killed have left beside the folder."""
-    for path in folder.parent.glob(f".partial-*-{glob.escape(folder.name)}"):
-        pid = path.name.split("-")[1]
-        if pid.isdecimal() and not _is_running(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    if os.name != "posix":
-        return True  # signal 0 is harmless on POSIX only
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()

@@ -450,10 +450,11 @@ def _from_root(image_path: str, folder: Path, root: Path) -> str:
 
 def _named_as_in_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of unpacked images under the images' old names instead of numbers, where these tell them apart."""
-    names = [row.get("image_name") for row in rows]
-    if not all(names) or len(set(names)) < len(names):
+    names = [row.get("image_name") or "" for row in rows]
+    line_ids = [name.rpartition(".")[0] or name for name in names]
+    if not all(names) or len(set(line_ids)) < len(line_ids):
         return rows
-    return [row | {"line_id": str(name).rpartition(".")[0] or name} for row, name in zip(rows, names, strict=True)]
+    return [row | {"line_id": line_id} for row, line_id in zip(rows, line_ids, strict=True)]
 
 
 def _cell(value: Any, place: str, column: str) -> str | None:

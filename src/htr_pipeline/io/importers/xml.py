@@ -129,6 +129,13 @@ class PageFormat:
                 self.name.upper(), len(unused), _few(unused),
             )  # fmt: skip
 
+    def can_read(self, root: Path, name: str) -> bool:
+        """Whether `read` makes lines of this file below the folder `root`."""
+        try:
+            return _read_page(root, name, self) is not None
+        except UserError:
+            return False
+
 
 class _LimitedBuilder(TreeBuilder):
     """Builds a tree with local names only; refuses what a page does not need and an attacker does."""

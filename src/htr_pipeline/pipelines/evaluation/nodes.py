@@ -205,7 +205,6 @@ def measure_errors(
     predictions: pa.Table,
     readings: pa.Table,
     features: FeatureShards,
-    feature_stats: dict[str, Any],
     charset: str,
     provenance: dict[str, Any],
     tuned_decoding: dict[str, Any],
@@ -232,7 +231,7 @@ def measure_errors(
     outside = Counter("".join(test["reference"]))
     return {
         "signature": signature(unicode_form_of(test["reference"].tolist()), "test", len(test), version("htr-pipeline")),
-        "data_hash": feature_stats["data_hash"],
+        "data_hash": features.data_hash(),
         "test_hash": features.data_hash(("test",)),
         "model_hash": predictions.schema.metadata[b"model_hash"].decode(),
         "confidence": evaluation.confidence,
@@ -240,7 +239,6 @@ def measure_errors(
         "decoders": list(DECODERS),
         "headline": {"split": "test", "decoder": decoding.decoder},
         "decoding": tuned_decoding,
-        "language_model": {"alpha": decoding.alpha, "beta": decoding.beta},
         "splits": {
             split: {
                 decoder: _score(table[(table["split"] == split) & (table["decoder"] == decoder)], evaluation)

@@ -22,7 +22,6 @@ def create_pipeline() -> Pipeline:
                     "predictions",
                     "readings",
                     "features",
-                    "feature_stats",
                     "charset",
                     "provenance",
                     "tuned_decoding",

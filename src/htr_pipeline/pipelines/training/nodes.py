@@ -170,6 +170,7 @@ def train(
     from htr_pipeline.core.model import chosen_precision, weights_hash
     from htr_pipeline.core.training import train_network
 
+    features.check_stats(feature_stats)
     precision = chosen_precision(training.precision)
     logger.info("training.precision is %s: trains in %s.", training.precision, precision)
     distribution = Distribution(training.distribution)
@@ -377,6 +378,7 @@ def check_training_batch(
     """Whether one batch of the training lines, spread over all of them, is learnt by heart; and a sentence."""
     from htr_pipeline.core.check_batch import check_batch
 
+    features.check_stats(feature_stats)
     lines = features.spread("train", training.batch_size)
     if not lines:
         raise UserError("There are no training lines. Look into the manifest's column 'split'.")
