@@ -166,6 +166,25 @@ def test_a_start_from_lines_made_in_another_way_is_warned_of(tmp_path, caplog):
     assert "(deslant = False, here True): it knows strokes" in caplog.text
 
 
+def test_a_network_has_the_size_of_the_one_that_it_starts_from(tmp_path, caplog):
+    pytest.importorskip("keras")
+    caplog.set_level("INFO")
+    stats, charset = {"height_pixels": 32, "width_pixels": {"median": 300}}, Charset("ab")
+
+    def built(size, training, start=None):
+        return build_network(ModelConfig(size=size), training, charset, stats, {}, start)
+
+    built("XS", TrainingConfig()).save(tmp_path / "model.keras")
+    (tmp_path / "charset.json").write_text(charset.to_json(), encoding="utf-8")
+    training, start = TrainingConfig(start_from=str(tmp_path)), StartingPoint.find(str(tmp_path))
+    assert built(None, training, start).count_params() == built("XS", training, start).count_params()
+    assert [record.args[0] for record in caplog.records if record.msg.startswith("Network %s")] == ["XS"] * 3
+    with pytest.raises(UserError, match=r"model\.size = 'S': '.*' is of size XS.*Set model\.size=null, or start from"):
+        built("S", training, start)
+    built(None, TrainingConfig())
+    assert caplog.records[-1].args[0] == "S"
+
+
 @pytest.mark.parametrize("num_epochs", [1, 40])
 def test_learning_curves_are_a_picture_of_the_history_and_the_same_each_time(num_epochs):
     columns = ["train_loss", "validation_loss", "train_cer", "validation_cer", "learning_rate"]

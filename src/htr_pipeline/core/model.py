@@ -31,6 +31,7 @@ _SIZES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "M": ((32, 64, 96, 128, 192), 2, 256),
     "L": ((32, 64, 128, 128, 192, 192, 256, 256, 256), 3, 256),
 }
+_DEFAULT_SIZE = "S"
 # (width, height) pooling after the first convolutions; the widths multiply to DOWNSAMPLING.
 _POOLS = ((2, 2), (2, 2), (1, 2))
 
@@ -227,7 +228,7 @@ def build_model(config: ModelConfig, num_classes: int, height_pixels: int, seed:
     """A network from line images to logits.
 
     Args:
-        config: size and dropout.
+        config: size and dropout; without a size it is S.
         num_classes: characters plus the blank, which is the last class.
         height_pixels: height of the line images.
         seed: of the initial weights and of dropout.
@@ -237,7 +238,7 @@ def build_model(config: ModelConfig, num_classes: int, height_pixels: int, seed:
         that returns {"logits": (B, W / 4, num_classes) float32, "shortcut_logits": the same shape, for training only}.
         Frames past num_frames(width_pixels) are padding and influence no valid frame.
     """
-    filters, recurrent_layers, units = _SIZES[config.size]
+    filters, recurrent_layers, units = _SIZES[config.size or _DEFAULT_SIZE]
     keras.utils.set_random_seed(seed)
     pixels = keras.Input((None, height_pixels), dtype="uint8", name="pixels")
     width = keras.Input((), dtype="int32", name="width_pixels")
@@ -267,6 +268,13 @@ def build_model(config: ModelConfig, num_classes: int, height_pixels: int, seed:
     return keras.Model(
         {"pixels": pixels, "width_pixels": width}, {"logits": logits, "shortcut_logits": shortcut}, name="htr"
     )
+
+
+def size_of(model: keras.Model) -> str | None:
+    """The size of a network of build_model; None for a network of none of these sizes."""
+    filters = tuple(layer.filters for layer in model.layers if isinstance(layer, keras.layers.Conv2D))
+    units = [layer.units for layer in model.layers if isinstance(layer, BidirectionalLSTM)]
+    return next((size for size, (f, n, u) in _SIZES.items() if (f, [u] * n) == (filters, units)), None)
 
 
 def chosen_precision(precision: str) -> str:
@@ -326,7 +334,7 @@ def copy_weights(trained: keras.Model, trained_charset: Charset, model: keras.Mo
         if shapes != expected:
             raise UserError(
                 f"The network to start from has other weights in its layer {layer.name!r}: shapes {shapes}, expected "
-                f"{expected}. Set model.size to the size that it was trained with."
+                f"{expected}. Start from a network that this version of htr_pipeline has trained."
             )
         if is_head:
             for array, source in zip(ours, theirs, strict=True):

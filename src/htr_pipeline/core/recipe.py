@@ -12,7 +12,7 @@ from htr_pipeline.core.text import Charset, normalise_text, visual_text
 class ModelConfig:
     """Which network is built."""
 
-    size: str = setting(default="S", choices=("XS", "S", "SM", "M", "L"))
+    size: str | None = setting(default=None, choices=("XS", "S", "SM", "M", "L"))
     column_dropout: float = setting(default=0.2, minimum=0.0, maximum=0.9)
     recurrent_dropout: float = setting(default=0.2, minimum=0.0, maximum=0.9)
 

@@ -298,11 +298,19 @@ def build_network(
     start: StartingPoint | None,
 ) -> Any:
     """The network to begin with: new, or with the weights of the one to start from. Logs its size and cost."""
-    from htr_pipeline.core.model import build_model, copy_weights, multiplications
+    from htr_pipeline.core.model import build_model, copy_weights, multiplications, size_of
 
+    trained = start.model() if start else None
+    if trained:
+        size = size_of(trained)
+        if model.size not in (None, size):
+            raise UserError(
+                f"model.size = {model.size!r}: {training.start_from!r} is of size {size}, and weights of one size are "
+                "of no use to another. Set model.size=null, or start from a network of that size."
+            )
+        model = replace(model, size=size)
     network = build_model(model, charset.num_classes, feature_stats["height_pixels"], training.seed)
-    if start:
-        trained = start.model()
+    if start and trained:
         copy_weights(trained, start.charset(), network, charset)
         provenance = start.provenance()
         if not provenance:
@@ -319,7 +327,7 @@ def build_network(
     width = feature_stats["width_pixels"]["median"]
     logger.info(
         "Network %s: %.2f million parameters, %.2f billion multiplications for a line of %d x %d pixels (the median).",
-        model.size,
+        size_of(network),
         network.count_params() / 1e6,
         multiplications(network, int(width)) / 1e9,
         width,
