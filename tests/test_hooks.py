@@ -108,7 +108,7 @@ def test_after_a_run_that_ctrl_c_has_left_in_a_notebook_the_next_one_goes_on_in_
     assert mlflow.get_run(left).info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("left", ["{}", "[]", "no json"])
+@pytest.mark.parametrize("left", ["{}", "[]", '{"run_id": "a"}', "no json"])
 def test_a_damaged_note_of_the_last_run_counts_as_none(project, left):
     (project / "data").mkdir()
     (project / "data/.mlflow_run.json").write_text(left, encoding="utf-8")

@@ -25,7 +25,7 @@ from kedro.validation.exceptions import ParameterValidationError
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import DECODERS
-from htr_pipeline.io.tracking import little_patience, tracking_uri, without_passwords
+from htr_pipeline.io.tracking import JOINT_RUN, little_patience, tracking_uri, without_passwords
 
 _RETRAINED = Path("data/.retrained.json")  # the lines of the last retraining by `kedro schedule`
 _RETRAINING_ENV = "finetune"
@@ -217,8 +217,9 @@ def schedule(every: str | None, min_new_lines: int, env: str, params: tuple[str,
 
     with errors_in_words():
         interval = parse_interval(every) if every else None
-        if every and os.environ.get("HTR_JOINT_RUN"):
-            raise UserError("HTR_JOINT_RUN would put each retraining of --every into the same MLflow run: unset it.")
+        for name in (JOINT_RUN, "MLFLOW_RUN_ID"):
+            if every and os.environ.get(name):
+                raise UserError(f"{name} would put each retraining of --every into the same MLflow run: unset it.")
     while True:
         started = time.monotonic()
         try:

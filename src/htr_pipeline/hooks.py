@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import glob
 import hashlib
 import json
 import logging
@@ -30,7 +29,14 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import DECODERS
 from htr_pipeline.io.atomic import remove_leftovers, replacing
 from htr_pipeline.io.checkpoints import FileCheckpoints, check_place
-from htr_pipeline.io.tracking import database_of, little_patience, mlflow_error, tracking_uri, without_passwords
+from htr_pipeline.io.tracking import (
+    JOINT_RUN,
+    database_of,
+    little_patience,
+    mlflow_error,
+    tracking_uri,
+    without_passwords,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +45,6 @@ _LOCK_FILE = Path("data/.lock")
 _RUN_FILE = Path("data/.mlflow_run.json")
 _UNKNOWN = "unknown"
 # In the environment of processes that are to write into one MLflow run: a name for it that is nobody else's.
-_JOINT_RUN = "HTR_JOINT_RUN"
 # In the environment of an image, which has no git: hash of the commit, and -dirty if there were changes.
 _GIT_COMMIT = "HTR_GIT_COMMIT"
 _MOST_PARAMETER_CHARACTERS = 6000  # MLflow cuts what is longer
@@ -248,8 +253,7 @@ class MlflowHook:
             if database:
                 self._open(database)
             atexit.register(self._interrupted)
-            # Steps that a scheduler starts are not waited for by anybody: their server may be starting too.
-            with contextlib.nullcontext() if os.environ.get(_JOINT_RUN) else little_patience():
+            with little_patience():
                 self._start(run_params)
         except (MlflowException, OSError) as exc:
             with contextlib.suppress(Exception):  # the server may be gone
@@ -274,7 +278,7 @@ class MlflowHook:
                     "MLflow made them, install that one."
                 ) from exc
             return
-        remove_leftovers(database.parent, f"{glob.escape(database.name)}*")  # its journal too
+        remove_leftovers(database.parent, database.name)
         with replacing(database) as partial:
             store = SqlAlchemyStore(f"sqlite:///{partial}", (self._project / self._settings["artifact_path"]).as_uri())
             store.engine.dispose()
@@ -282,7 +286,7 @@ class MlflowHook:
     def _start(self, run_params: dict[str, Any]) -> None:
         import mlflow
 
-        joint, left = os.environ.get(_JOINT_RUN), self._left_run()
+        joint, left = os.environ.get(JOINT_RUN), self._left_run()
         run_id = os.environ.get("MLFLOW_RUN_ID") or (self._joint_run(joint) if joint else None)
         if left and not (joint or run_id) and left["command"] == self._command_hash(run_params):
             run_id = left["run_id"]
@@ -397,7 +401,7 @@ class MlflowHook:
         import mlflow
 
         if not re.fullmatch(r"[\w.:/+-]{1,250}", name):
-            raise UserError(f"{_JOINT_RUN}={name}: expected at most 250 letters, digits and any of . _ : / + -")
+            raise UserError(f"{JOINT_RUN}={name}: expected at most 250 letters, digits and any of . _ : / + -")
         ids = [self._experiment_id()]
         found = mlflow.search_runs(ids, f"tags.joint_run = '{name}'", max_results=1, output_format="list")
         return found[0].info.run_id if found else None
@@ -408,7 +412,8 @@ class MlflowHook:
         from mlflow.exceptions import MlflowException
 
         try:
-            left = json.loads((self._project / _RUN_FILE).read_text())
+            content = json.loads((self._project / _RUN_FILE).read_text())
+            left = {name: content[name] for name in ("run_id", "command")}
             status = mlflow.get_run(left["run_id"]).info.status
         except (OSError, ValueError, KeyError, TypeError, MlflowException):
             return None

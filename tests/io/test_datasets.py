@@ -298,12 +298,16 @@ def test_checkpoint_with_other_arrays_than_were_saved_is_damaged(tmp_path):
         FileCheckpoints(path, "one").load()
 
 
-def test_what_a_process_left_that_was_killed_while_it_saved_is_removed(tmp_path):
-    path = tmp_path / "checkpoint.npz"
+@pytest.mark.parametrize("name", ["checkpoint.npz", f"{'long' * 20}.npz"])
+def test_what_a_process_left_that_was_killed_while_it_saved_is_removed(tmp_path, name):
+    path = tmp_path / name
     FileCheckpoints(path, "one").save({}, {"step": 1})
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for process_id in (dead.pid, os.getppid()):
-        (tmp_path / f".partial-{process_id}-checkpoint.npz").write_bytes(b"half")
+    killed = "import os, signal, sys; from pathlib import Path; from htr_pipeline.io.atomic import replacing\n"
+    killed += "with replacing(Path(sys.argv[1])) as partial:\n"
+    killed += "    partial.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", killed, path], timeout=100)
+    assert len(names(tmp_path)) == 2
+    of_a_living_process = tmp_path / f".partial-{os.getppid()}-{name[-50:]}"
+    of_a_living_process.write_bytes(b"half")
     assert FileCheckpoints(path, "one").load() == ({}, {"step": 1})
-    assert names(tmp_path) == [f".partial-{os.getppid()}-checkpoint.npz", "checkpoint.npz"]
+    assert names(tmp_path) == [of_a_living_process.name, name]

@@ -31,15 +31,23 @@ def test_wrong_settings_are_named(change, message):
         tracking_uri(Path("/project"), SETTINGS | change)
 
 
-@pytest.mark.parametrize("given", [None, "5"])
-def test_patience_is_little_for_a_while_unless_the_environment_says_how_much(monkeypatch, given):
-    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-    monkeypatch.delenv(name, raising=False)
-    if given:
-        monkeypatch.setenv(name, given)
+@pytest.mark.parametrize(
+    ("given", "during"),
+    [
+        ({}, {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}),
+        ({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5"}, {"MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}),
+        ({"HTR_JOINT_RUN": "a"}, {}),
+    ],
+)
+def test_patience_is_little_for_a_while_unless_the_environment_says_how_much(monkeypatch, given, during):
+    for name in ("HTR_JOINT_RUN", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
     with little_patience():
-        assert os.environ[name] == (given or "2")
-    assert os.environ.get(name) == given
+        assert dict(os.environ) == before | during
+    assert dict(os.environ) == before
 
 
 def test_passwords_are_not_shown():

@@ -105,16 +105,19 @@ def test_mlflow_that_does_not_answer_is_named_without_its_password(lines, tmp_pa
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
-def test_retrainings_do_not_all_join_one_run():
-    done = CliRunner().invoke(schedule, ["--every", "12h"], env={"HTR_JOINT_RUN": "3a6e-90b3"})
+@pytest.mark.parametrize("name", ["HTR_JOINT_RUN", "MLFLOW_RUN_ID"])
+def test_retrainings_do_not_all_join_one_run(monkeypatch, name):
+    monkeypatch.setattr("htr_pipeline.cli._look_and_retrain", sys.exit)
+    done = CliRunner().invoke(schedule, ["--every", "12h"], env={name: "3a6e-90b3"})
     assert done.exit_code == 1
-    assert "HTR_JOINT_RUN would put each retraining of --every into the same MLflow run: unset it." in done.output
+    assert f"{name} would put each retraining of --every into the same MLflow run: unset it." in done.output
 
 
 def test_intervals():
     assert [parse_interval(text) for text in ("30m", "12h", " 7 D")] == [1800.0, 43200.0, 604800.0]
-    for wrong in ("", "0h", "1w", "-3h", "1.5h", "12"):
-        with pytest.raises(UserError, match="expected a number of minutes, hours or days, such as 30m, 12h or 7d"):
+    assert parse_interval("10080m") == parse_interval("7d")
+    for wrong in ("", "0h", "1w", "-3h", "1.5h", "12", "367d", "999999999d"):
+        with pytest.raises(UserError, match="expected a number of minutes, hours or days, such as 30m, 12h or 7d, up"):
             parse_interval(wrong)
     assert seconds_to_next(100.0, 130.0, 60.0) == 30.0
     assert seconds_to_next(100.0, 300.0, 60.0) == 40.0  # the looks at 160, 220 and 280 are not made up for

@@ -632,7 +632,7 @@ def test_thousands_of_writers_end_in_a_note():
 def test_tables_of_different_runs_are_noticed(inputs):
     stale = inputs["feature_stats"] | {"data_hash": "ab" * 32}
     html = render(inputs | {"feature_stats": stale, "features": FewLines([])})
-    assert "made on data 0f0f0f0f0f0f, the features on disk are data abababababab" in html
+    assert "made on data 0f0f0f0f0f0f, feature_stats is of data abababababab" in html
     assert "shown below without an image" in html
     assert "no image in the features" in html
 

@@ -6,6 +6,7 @@ import re
 import pyarrow as pa
 import pytest
 
+from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
 from htr_pipeline.core.image import ImageConfig, pixel_settings
@@ -13,8 +14,10 @@ from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelC
 from htr_pipeline.core.text import Charset, visual_text
 from htr_pipeline.io.datasets import LanguageModel
 from htr_pipeline.io.starting_point import StartingPoint
+from htr_pipeline.io.tracking import little_patience
 from htr_pipeline.pipelines.training.nodes import (
     CheckpointConfig,
+    _settings_of_weights,
     _TrainingProgress,
     build_network,
     collect_charset,
@@ -137,6 +140,16 @@ def test_the_folder_that_training_writes_to_is_no_start():
             collect_charset(Texts(), TrainingConfig(start_from="data/06_models"), CheckpointConfig(path=path))
 
 
+def test_a_registry_that_does_not_answer_is_named_without_its_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:S3cret@127.0.0.1:9")
+    with (
+        pytest.raises(UserError, match=r"^training\.start_from = 'models:/htr@champion': MLflow: ") as error,
+        little_patience(),
+    ):
+        characters(start_from="models:/htr@champion")
+    assert "S3cret" not in str(error.value)
+
+
 @pytest.mark.parametrize("place", ["nowhere", "models:/nothing@champion"])
 def test_a_start_that_is_not_there_is_named(tmp_path, monkeypatch, place):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -183,6 +196,14 @@ def test_a_network_has_the_size_of_the_one_that_it_starts_from(tmp_path, caplog)
         built("S", training, start)
     built(None, TrainingConfig())
     assert caplog.records[-1].args[0] == "S"
+
+
+def test_the_default_size_is_the_same_training_as_that_size():
+    def settings(size):
+        blocks = ModelConfig(size=size), AugmentationConfig(), TrainingConfig()
+        return _settings_of_weights("d", "{}", *blocks, None)
+
+    assert settings(None) == settings("S") != settings("M")
 
 
 @pytest.mark.parametrize("num_epochs", [1, 40])

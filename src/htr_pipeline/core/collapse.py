@@ -45,7 +45,7 @@ ADVICE = {
     "if it passes, lower training.learning_rate to a third or lengthen training.warmup_share.",
     "few_characters": "It knows how frequent characters are and makes no use of the images: look whether each text "
     "belongs to its image. If it does and `kedro check-batch` passes, lower training.learning_rate to a third, or take "
-    "a larger model.size.",
+    "a larger model.size (from scratch).",
     "not_learning": "Look whether each text belongs to its image. If it does, training.learning_rate is too high (the "
     "loss jumps) or too low (it creeps).",
     "exploded": "Lower training.learning_rate to a tenth, or training.gradient_clip_norm.",

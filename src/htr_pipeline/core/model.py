@@ -17,7 +17,7 @@ from htr_pipeline.core import cudnn
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.distribution import summed
 from htr_pipeline.core.image import DOWNSAMPLING
-from htr_pipeline.core.recipe import ModelConfig
+from htr_pipeline.core.recipe import DEFAULT_SIZE, ModelConfig
 from htr_pipeline.core.recurrent import lstm
 from htr_pipeline.core.text import Charset
 
@@ -31,7 +31,6 @@ _SIZES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "M": ((32, 64, 96, 128, 192), 2, 256),
     "L": ((32, 64, 128, 128, 192, 192, 256, 256, 256), 3, 256),
 }
-_DEFAULT_SIZE = "S"
 # (width, height) pooling after the first convolutions; the widths multiply to DOWNSAMPLING.
 _POOLS = ((2, 2), (2, 2), (1, 2))
 
@@ -238,7 +237,7 @@ def build_model(config: ModelConfig, num_classes: int, height_pixels: int, seed:
         that returns {"logits": (B, W / 4, num_classes) float32, "shortcut_logits": the same shape, for training only}.
         Frames past num_frames(width_pixels) are padding and influence no valid frame.
     """
-    filters, recurrent_layers, units = _SIZES[config.size or _DEFAULT_SIZE]
+    filters, recurrent_layers, units = _SIZES[config.size or DEFAULT_SIZE]
     keras.utils.set_random_seed(seed)
     pixels = keras.Input((None, height_pixels), dtype="uint8", name="pixels")
     width = keras.Input((), dtype="int32", name="width_pixels")
@@ -271,7 +270,7 @@ def build_model(config: ModelConfig, num_classes: int, height_pixels: int, seed:
 
 
 def size_of(model: keras.Model) -> str | None:
-    """The size of a network of build_model; None for a network of none of these sizes."""
+    """The size of a network of build_model; None where it has none of today's."""
     filters = tuple(layer.filters for layer in model.layers if isinstance(layer, keras.layers.Conv2D))
     units = [layer.units for layer in model.layers if isinstance(layer, BidirectionalLSTM)]
     return next((size for size, (f, n, u) in _SIZES.items() if (f, [u] * n) == (filters, units)), None)

@@ -7,6 +7,8 @@ from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.ctc.lexicon import Lexicon
 from htr_pipeline.core.text import Charset, normalise_text, visual_text
 
+DEFAULT_SIZE = "S"
+
 
 @config("model")
 class ModelConfig:

@@ -1,6 +1,7 @@
 """Files and folders that take the place of old ones whole: a reader never sees a half."""
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,8 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: with the name of the file where writing does not give any, as on a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays: Keras chooses the format by it.
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name[-_MAX_NAME_CHARACTERS:]}")
+    partial = partial_path(path)
     try:
         yield partial
         with partial.open("rb+") as stream:
@@ -34,21 +34,29 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, of: str = "*") -> None:
-    """Removes the files and folders, in `folder` itself, that killed processes were writing; not those under way.
+def partial_path(path: Path) -> Path:
+    """Where this process writes what is to take the place of `path`."""
+    # The suffix stays: Keras chooses the format by it.
+    return path.with_name(f".partial-{os.getpid()}-{path.name[-_MAX_NAME_CHARACTERS:]}")
+
+
+def remove_leftovers(folder: Path, of: str | None = None) -> None:
+    """Removes what killed processes were writing in `folder`; what is under way stays.
 
     Args:
-        folder: where they would be; it may be missing.
-        of: their targets' name, with * and ? as usual.
+        folder: where it would be; it may be missing.
+        of: name of the file or folder that was to be replaced, whose leftovers may have more behind it, as the journal
+            of a database; None: any file.
     """
-    for left in folder.glob(f".partial-[0-9]*-{of}"):
+    name = "*" if of is None else f"{glob.escape(of[-_MAX_NAME_CHARACTERS:])}*"
+    for left in folder.glob(f".partial-[0-9]*-{name}"):
         process_id = left.name.split("-")[1]
         if not process_id.isdecimal() or _is_running(int(process_id)):
             continue
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
+        if left.is_file():
             left.unlink(missing_ok=True)
+        elif of is not None:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_running(process_id: int) -> bool:

@@ -85,7 +85,7 @@ class FileCheckpoints:
         Raises:
             UserError: the file is damaged.
         """
-        remove_leftovers(self._path.parent, glob.escape(self._path.name))
+        remove_leftovers(self._path.parent, self._path.name)
         other, damage = None, None
         for path in filter(Path.exists, (self._path, self._aside(self._fingerprint))):
             try:

@@ -15,7 +15,7 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.core.text import Charset
 from htr_pipeline.io.checkpoints import DAMAGED_ARCHIVE
 from htr_pipeline.io.datasets import read_network
-from htr_pipeline.io.tracking import database_of
+from htr_pipeline.io.tracking import database_of, without_passwords
 
 # The model that the package brings along, under this name; a folder of that name is ./starter.
 STARTER = "starter"
@@ -187,7 +187,7 @@ def _registered(uri: str, setting: str) -> tuple[str, Path]:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    if (database := database_of(mlflow.get_tracking_uri())) and not database.exists():  # MLflow would make it
+    if (database := database_of(mlflow.get_registry_uri())) and not database.exists():  # MLflow would make it
         raise UserError(
             f"{setting} = {uri!r}: no model has been registered, for there is no {database}. `kedro run` trains and "
             f"registers one; {setting} = {STARTER} takes the network that the package brings along."
@@ -197,13 +197,21 @@ def _registered(uri: str, setting: str) -> tuple[str, Path]:
     try:
         if at:
             found = f"models:/{model}/{mlflow.MlflowClient().get_model_version_by_alias(model, alias).version}"
-        folder = tempfile.mkdtemp(dir=_downloads().name)
-        return found, Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{found}/artifacts", dst_path=folder))
-    except MlflowException as exc:
-        raise UserError(f"{setting} = {uri!r}: MLflow does not have it: {exc.message}") from None
+        return found, _download(mlflow.get_registry_uri(), found)
+    except (MlflowException, OSError) as exc:
+        raise UserError(without_passwords(f"{setting} = {uri!r}: MLflow: {exc}")) from None
+
+
+@functools.cache
+def _download(registry: str, uri: str) -> Path:
+    """The files of a registered version, once for each process."""
+    import mlflow
+
+    folder = tempfile.mkdtemp(dir=_downloads().name)
+    return Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{uri}/artifacts", dst_path=folder))
 
 
 @functools.cache
 def _downloads() -> tempfile.TemporaryDirectory[str]:
-    """A folder that goes with the process."""
+    """A folder that goes when the process ends by itself."""
     return tempfile.TemporaryDirectory(prefix="htr_pipeline-")

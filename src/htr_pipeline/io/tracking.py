@@ -10,7 +10,9 @@ from typing import Any
 from htr_pipeline.core.config import UserError
 
 _SETTINGS = ("tracking_uri", "artifact_path", "experiment")
-_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+JOINT_RUN = "HTR_JOINT_RUN"
+# Of MLflow: how often it asks again, and how many seconds it waits for each answer.
+_LITTLE_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
 
 
 def tracking_uri(project: Path, settings: Mapping[str, Any]) -> str:
@@ -47,17 +49,18 @@ def without_passwords(text: str) -> str:
 
 @contextmanager
 def little_patience() -> Iterator[None]:
-    """A server that does not answer within it is an error after seconds, not minutes; what the environment says counts.
+    """A server that refuses is an error after seconds, a silent one within a minute; the environment may say else.
 
-    For the first question, whose answer somebody waits for. What writes results has all of MLflow's patience.
+    For the first question, whose answer somebody waits for. What writes results has all of MLflow's patience, and so
+    has a step that a scheduler starts: its server may be starting too.
     """
-    given = _RETRIES in os.environ
-    os.environ.setdefault(_RETRIES, "2")
+    shortened = {} if os.environ.get(JOINT_RUN) else {k: v for k, v in _LITTLE_PATIENCE.items() if k not in os.environ}
+    os.environ.update(shortened)
     try:
         yield
     finally:
-        if not given:
-            os.environ.pop(_RETRIES, None)
+        for name in shortened:
+            os.environ.pop(name, None)
 
 
 def mlflow_error(uri: str, exc: Exception) -> UserError:

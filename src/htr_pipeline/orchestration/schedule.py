@@ -23,6 +23,7 @@ from htr_pipeline.pipelines.registration.nodes import RegistrationConfig, find_c
 logger = logging.getLogger(__name__)
 
 _UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
+_LONGEST_INTERVAL = 366 * _UNITS["d"]
 _HASH_DIGITS = 16  # enough to tell millions of lines apart
 
 
@@ -54,10 +55,13 @@ def parse_interval(text: str) -> float:
     Raises:
         UserError: it is none.
     """
-    match = re.fullmatch(r"(\d{1,4})\s*([mhd])", text.strip().lower())
-    if not match or int(match[1]) == 0:
-        raise UserError(f"--every {text}: expected a number of minutes, hours or days, such as 30m, 12h or 7d.")
-    return int(match[1]) * _UNITS[match[2]]
+    match = re.fullmatch(r"(\d{1,9})\s*([mhd])", text.strip().lower())
+    seconds = int(match[1]) * _UNITS[match[2]] if match else 0.0
+    if not 0 < seconds <= _LONGEST_INTERVAL:
+        raise UserError(
+            f"--every {text}: expected a number of minutes, hours or days, such as 30m, 12h or 7d, up to a year."
+        )
+    return seconds
 
 
 def look(params: Mapping[str, Any], state: Path) -> Look:

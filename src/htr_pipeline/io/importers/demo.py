@@ -10,7 +10,6 @@ write in fonts that occur nowhere else. No text occurs twice, and no sentence in
 
 import dataclasses
 import functools
-import glob
 import hashlib
 import importlib.resources
 import json
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.synthesis import Font, draw_style, render_line
-from htr_pipeline.io.atomic import remove_leftovers, replace_folder
+from htr_pipeline.io.atomic import partial_path, remove_leftovers, replace_folder
 from htr_pipeline.io.workers import map_jobs
 
 logger = logging.getLogger(__name__)
@@ -143,8 +142,8 @@ def render_demo(folder: str | Path, config: DemoConfig, progress: bool = True) -
 
     writers = _plan_writers(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder.parent, glob.escape(folder.name))
-    partial = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
+    remove_leftovers(folder.parent, folder.name)
+    partial = partial_path(folder)
     try:
         (partial / "lines").mkdir(parents=True)
         _render_writers(partial, writers, config.num_workers or os.cpu_count() or 1, progress)

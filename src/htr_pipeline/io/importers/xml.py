@@ -130,7 +130,7 @@ class PageFormat:
             )  # fmt: skip
 
     def can_read(self, root: Path, name: str) -> bool:
-        """Whether `read` makes lines of this file below the folder `root`."""
+        """Whether `read` takes this file below the folder `root` for a page."""
         try:
             return _read_page(root, name, self) is not None
         except UserError:

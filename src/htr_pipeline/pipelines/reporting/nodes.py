@@ -176,7 +176,7 @@ def _warnings(
         )
     if metrics["data_hash"] != feature_stats["data_hash"]:
         warnings.append(
-            f"The evaluation was made on data {metrics['data_hash'][:12]}, the features on disk are data "
+            f"The evaluation was made on data {metrics['data_hash'][:12]}, feature_stats is of data "
             f"{feature_stats['data_hash'][:12]}: run `kedro run --from-nodes extract_features` to bring all up to date."
         )
     elif {line["line_id"] for line in lines} != set(

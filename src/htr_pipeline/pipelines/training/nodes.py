@@ -26,7 +26,7 @@ from htr_pipeline.core.collapse import ADVICE, READING_CER
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.ctc.lexicon import bare_word
 from htr_pipeline.core.image import differing_settings
-from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
+from htr_pipeline.core.recipe import DEFAULT_SIZE, DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset, visual_text
 from htr_pipeline.io.checkpoints import FileCheckpoints, stored_settings
 from htr_pipeline.io.features import FeatureShards
@@ -251,7 +251,10 @@ def _settings_of_weights(
     }
     for block, values in {"model": model, "augmentation": augmentation, "training": training}.items():
         settings |= {f"{block}.{name}": value for name, value in asdict(values).items() if name not in _NOT_OF_WEIGHTS}
-    return settings | {"network to start from": start.content_hash() if start else None}
+    return settings | {
+        "model.size": None if start else model.size or DEFAULT_SIZE,
+        "network to start from": start.content_hash() if start else None,
+    }
 
 
 def _warn_of_not_reading(last_epoch: dict[str, Any], training: TrainingConfig) -> None:
@@ -303,6 +306,11 @@ def build_network(
     trained = start.model() if start else None
     if trained:
         size = size_of(trained)
+        if size is None:
+            raise UserError(
+                f"{training.start_from!r} is a network of no size that there is. Start from one that this version of "
+                "htr_pipeline has trained."
+            )
         if model.size not in (None, size):
             raise UserError(
                 f"model.size = {model.size!r}: {training.start_from!r} is of size {size}, and weights of one size are "
