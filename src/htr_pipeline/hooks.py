@@ -44,7 +44,6 @@ _LOCK_FILE = Path("data/.lock")
 # A run that was killed left this file: the same command again goes on in the same MLflow run.
 _RUN_FILE = Path("data/.mlflow_run.json")
 _UNKNOWN = "unknown"
-# In the environment of processes that are to write into one MLflow run: a name for it that is nobody else's.
 # In the environment of an image, which has no git: hash of the commit, and -dirty if there were changes.
 _GIT_COMMIT = "HTR_GIT_COMMIT"
 _MOST_PARAMETER_CHARACTERS = 6000  # MLflow cuts what is longer

@@ -12,7 +12,7 @@ DEFAULT_SIZE = "S"
 
 @config("model")
 class ModelConfig:
-    """Which network is built."""
+    """Which network is built; without a size, one of DEFAULT_SIZE, or of that of the network to start from."""
 
     size: str | None = setting(default=None, choices=("XS", "S", "SM", "M", "L"))
     column_dropout: float = setting(default=0.2, minimum=0.0, maximum=0.9)

@@ -10,6 +10,7 @@ from typing import Any
 from htr_pipeline.core.config import UserError
 
 _SETTINGS = ("tracking_uri", "artifact_path", "experiment")
+# In the environment of processes that are to write into one MLflow run: a name for it that is nobody else's.
 JOINT_RUN = "HTR_JOINT_RUN"
 # Of MLflow: how often it asks again, and how many seconds it waits for each answer.
 _LITTLE_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
