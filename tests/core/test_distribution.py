@@ -18,6 +18,7 @@ from htr_pipeline.core.config import UserError
 from htr_pipeline.core.recipe import ModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset
 from htr_pipeline.io.checkpoints import FileCheckpoints
+from htr_pipeline.io.features import CHECKSUMS, FeatureShards
 from htr_pipeline.pipelines.training import nodes
 from htr_pipeline.pipelines.training.nodes import CheckpointConfig
 from tests.core.test_training import CONFIG, MemoryCheckpoints, Silent, drawn, poisoned, with_poison
@@ -197,10 +198,13 @@ def test_workers_with_other_checkpoints_are_an_error(monkeypatch):
         train(configured())
 
 
-def test_workers_with_other_data_or_settings_are_an_error_before_anything_is_built(monkeypatch):
+def test_workers_with_other_data_or_settings_are_an_error_before_anything_is_built(tmp_path, monkeypatch):
     from htr_pipeline.core.distribution import Distribution
 
     monkeypatch.setattr(Distribution, "largest", lambda self, *values: (values[0] + 1, values[1]))
     settings = (ModelConfig(), AugmentationConfig(), TrainingConfig(), CheckpointConfig())
-    with pytest.raises(UserError, match=r"do not have the same lines \(this one: data_hash 0123456789ab\), settings"):
-        nodes.train(None, {"data_hash": "0123456789abcdef"}, Charset("ab").to_json(), *settings)
+    (tmp_path / CHECKSUMS).touch()
+    features = FeatureShards(tmp_path)
+    data_hash = features.data_hash()
+    with pytest.raises(UserError, match=rf"not have the same lines \(this one: data_hash {data_hash[:12]}\), settings"):
+        nodes.train(features, {"data_hash": data_hash}, Charset("ab").to_json(), *settings)
