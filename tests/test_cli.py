@@ -84,7 +84,11 @@ def test_new_lines_without_a_model_or_with_wrong_settings_are_a_sentence(tmp_pat
     project = new_project(tmp_path / "project")
     source = ["conf", "--output", str(tmp_path / "out")]
     for arguments, message in (
-        ([], "no model has been registered, for there is no "),
+        (
+            [],
+            f"no model has been registered, for there is no {project / 'mlflow.db'}. `kedro run` trains and registers "
+            "one; --model = starter takes",
+        ),
         (["--model", "here"], "--model = 'here': Expected a folder with model.keras"),
         (["--model", "starter", "--looks", "1"], "no lines recognised"),
         (["--params", "training.epochs=3"], "--params training: only settings of source count here"),

@@ -206,5 +206,6 @@ def test_workers_with_other_data_or_settings_are_an_error_before_anything_is_bui
     (tmp_path / CHECKSUMS).touch()
     features = FeatureShards(tmp_path)
     data_hash = features.data_hash()
-    with pytest.raises(UserError, match=rf"not have the same lines \(this one: data_hash {data_hash[:12]}\), settings"):
+    expected = rf"do not have the same lines \(this one: data_hash {data_hash[:12]}\), settings"
+    with pytest.raises(UserError, match=expected):
         nodes.train(features, {"data_hash": data_hash}, Charset("ab").to_json(), *settings)

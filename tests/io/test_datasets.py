@@ -100,13 +100,17 @@ with replacing(Path(sys.argv[1])) as partial:
 """
 
 
-def test_killed_writer_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file.txt"
-    path.write_text("old")
+def kill_a_writer(path):
     with subprocess.Popen([sys.executable, "-c", HANG, str(path)], stdout=subprocess.PIPE) as process:
         assert process.stdout.read(7) == b"written"
         os.kill(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_writer_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    kill_a_writer(path)
     assert path.read_text() == "old"
     with replacing(path) as partial:
         partial.write_text("new")
@@ -302,10 +306,7 @@ def test_checkpoint_with_other_arrays_than_were_saved_is_damaged(tmp_path):
 def test_what_a_process_left_that_was_killed_while_it_saved_is_removed(tmp_path, name):
     path = tmp_path / name
     FileCheckpoints(path, "one").save({}, {"step": 1})
-    killed = "import os, signal, sys; from pathlib import Path; from htr_pipeline.io.atomic import replacing\n"
-    killed += "with replacing(Path(sys.argv[1])) as partial:\n"
-    killed += "    partial.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
-    subprocess.run([sys.executable, "-c", killed, path], timeout=100)
+    kill_a_writer(path)
     assert len(names(tmp_path)) == 2
     of_a_living_process = tmp_path / f".partial-{os.getppid()}-{name[-50:]}"
     of_a_living_process.write_bytes(b"half")

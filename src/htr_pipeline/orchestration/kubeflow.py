@@ -12,7 +12,7 @@ from typing import Any
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.io.atomic import replacing
-from htr_pipeline.io.tracking import without_passwords
+from htr_pipeline.io.tracking import JOINT_RUN, without_passwords
 
 PROJECT = "/htr"  # in the image, as the Dockerfile has it
 _NAME = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"  # of Kubernetes' objects, RFC 1123
@@ -20,7 +20,7 @@ _RUN_ID = "metadata.labels['pipeline/runid']"  # of the pod; Kubeflow's own plac
 _IMAGE = r"[A-Za-z0-9][-A-Za-z0-9_.:/@]*"
 _HERE = r"(?i)://(localhost|127\.|0\.0\.0\.0|\[::1?\])"
 _TRAINING = ("training", "retraining")
-_SET = ("MLFLOW_TRACKING_URI", "HTR_JOINT_RUN")
+_SET = ("MLFLOW_TRACKING_URI", JOINT_RUN)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def write_pipeline(output: Path, commands: Mapping[str, Sequence[str]], steps: S
 
     def equip(task: Any, trains: bool) -> None:
         task.set_env_variable("MLFLOW_TRACKING_URI", steps.tracking_uri)
-        kubernetes.use_field_path_as_env(task, env_name="HTR_JOINT_RUN", field_path=_RUN_ID)
+        kubernetes.use_field_path_as_env(task, env_name=JOINT_RUN, field_path=_RUN_ID)
         for secret, key in steps.secrets:
             kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env={key: key})
         kubernetes.mount_pvc(task, pvc_name=steps.claim, mount_path=f"{PROJECT}/data")

@@ -301,37 +301,12 @@ def build_network(
     start: StartingPoint | None,
 ) -> Any:
     """The network to begin with: new, or with the weights of the one to start from. Logs its size and cost."""
-    from htr_pipeline.core.model import build_model, copy_weights, multiplications, size_of
+    from htr_pipeline.core.model import build_model, multiplications, size_of
 
-    trained = start.model() if start else None
-    if trained:
-        size = size_of(trained)
-        if size is None:
-            raise UserError(
-                f"{training.start_from!r} is a network of no size that there is. Start from one that this version of "
-                "htr_pipeline has trained."
-            )
-        if model.size not in (None, size):
-            raise UserError(
-                f"model.size = {model.size!r}: {training.start_from!r} is of size {size}, and weights of one size are "
-                "of no use to another. Set model.size=null, or start from a network of that size."
-            )
-        model = replace(model, size=size)
-    network = build_model(model, charset.num_classes, feature_stats["height_pixels"], training.seed)
-    if start and trained:
-        copy_weights(trained, start.charset(), network, charset)
-        provenance = start.provenance()
-        if not provenance:
-            logger.warning(
-                "%r has no provenance.json: whether it was trained on lines of the present test, and with which "
-                "settings of features, cannot be told.", training.start_from
-            )  # fmt: skip
-        theirs = provenance.get("feature_settings", {}) | {"height_pixels": trained.inputs[0].shape[-1]}
-        if different := differing_settings(theirs, feature_settings):
-            logger.warning(
-                "%r was trained on lines that were made with other settings of features (%s): it knows strokes of "
-                "another kind. Set them as it had them.", training.start_from, "; ".join(different)
-            )  # fmt: skip
+    if start:
+        network = _from_start(model, training, charset, feature_stats["height_pixels"], feature_settings, start)
+    else:
+        network = build_model(model, charset.num_classes, feature_stats["height_pixels"], training.seed)
     width = feature_stats["width_pixels"]["median"]
     logger.info(
         "Network %s: %.2f million parameters, %.2f billion multiplications for a line of %d x %d pixels (the median).",
@@ -341,6 +316,46 @@ def build_network(
         width,
         feature_stats["height_pixels"],
     )
+    return network
+
+
+def _from_start(
+    model: ModelConfig,
+    training: TrainingConfig,
+    charset: Charset,
+    height_pixels: int,
+    feature_settings: dict[str, Any],
+    start: StartingPoint,
+) -> Any:
+    """A network of the size and with the weights of the one to start from."""
+    from htr_pipeline.core.model import build_model, copy_weights, size_of
+
+    trained = start.model()
+    size = size_of(trained)
+    if size is None:
+        raise UserError(
+            f"{training.start_from!r} is a network of no size that there is. Start from one that this version of "
+            "htr_pipeline has trained."
+        )
+    if model.size not in (None, size):
+        raise UserError(
+            f"model.size = {model.size!r}: {training.start_from!r} is of size {size}, and weights of one size are "
+            "of no use to another. Set model.size=null, or start from a network of that size."
+        )
+    network = build_model(replace(model, size=size), charset.num_classes, height_pixels, training.seed)
+    copy_weights(trained, start.charset(), network, charset)
+    provenance = start.provenance()
+    if not provenance:
+        logger.warning(
+            "%r has no provenance.json: whether it was trained on lines of the present test, and with which "
+            "settings of features, cannot be told.", training.start_from
+        )  # fmt: skip
+    theirs = provenance.get("feature_settings", {}) | {"height_pixels": trained.inputs[0].shape[-1]}
+    if different := differing_settings(theirs, feature_settings):
+        logger.warning(
+            "%r was trained on lines that were made with other settings of features (%s): it knows strokes of "
+            "another kind. Set them as it had them.", training.start_from, "; ".join(different)
+        )  # fmt: skip
     return network
 
 
