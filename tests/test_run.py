@@ -117,6 +117,8 @@ def test_mlflow_has_one_finished_run_with_parameters_metrics_tags_and_artifacts(
     assert data.tags["git_commit"] == head.stdout.strip()
     assert data.tags["data_hash"] == read_json(catalog(toy.project)["feature_stats"])["data_hash"]
     assert data.tags["command"] == "kedro run --env test"
+    assert data.tags["network_size"] == "XS"
+    assert data.tags["precision"] in ("float32", "mixed_bfloat16")
     registration = read_json(catalog(toy.project)["registration"])
     assert registration["run_id"] == info.run_id
     assert registration["tracking_uri"] == "sqlite:///mlflow.db"

@@ -332,6 +332,10 @@ class MlflowHook:
         if dataset_name == "feature_stats":
             mlflow.set_tag("data_hash", data["data_hash"])
             mlflow.log_metrics({f"num_lines_{split}": count for split, count in data["num_lines"].items()})
+        elif dataset_name == "history":
+            # What null and auto among the parameters came to.
+            made = data.schema.metadata
+            mlflow.set_tags({name: made[name.encode()].decode() for name in ("network_size", "precision")})
         elif dataset_name == "metrics":
             mlflow.set_tag("signature", data["signature"])
             for split, decoders in data["splits"].items():

@@ -34,7 +34,15 @@ WORDS = (
     "the quick brown fox jumps over a lazy dog while seven wizards brew strong coffee near an old quiet mill".split()
 )
 VOID = {"meta", "img", "br", "link", "input", "hr"}
-TRAINED = {"model_hash": "2d" * 32, "best_cer": "0.045", "best_epoch": "3", "num_validation_lines": "256"}
+TRAINED = {
+    "model_hash": "2d" * 32,
+    "network_size": "S",
+    "num_weights": "774912",
+    "precision": "float32",
+    "best_cer": "0.045",
+    "best_epoch": "3",
+    "num_validation_lines": "256",
+}
 
 
 class FewLines:
@@ -670,6 +678,16 @@ def test_network_that_no_epoch_has_bettered_is_said_to_be_kept(inputs):
     text = Page(render(inputs | {"history": to_table(rows, HISTORY, metadata)})).text_of["training"]
     assert "No epoch was better than the network that training started from, which is kept" in text
     assert "validation CER of 1.00\u202f% (greedy, one look, 256 lines)" in text
+
+
+def test_page_says_which_network_was_trained(page):
+    assert "A network of size S (774\u202f912 weights), trained in float32: " in page.text_of["training"]
+
+
+def test_a_history_of_an_earlier_version_has_a_page_too(inputs):
+    metadata = {name: value for name, value in TRAINED.items() if name not in ("network_size", "num_weights")}
+    history = to_table(inputs["history"].to_pylist(), HISTORY, metadata)
+    assert "A network of size" not in Page(render(inputs | {"history": history})).text_of["training"]
 
 
 def test_page_says_where_the_model_comes_from(page, html):

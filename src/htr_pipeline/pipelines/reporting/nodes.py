@@ -251,6 +251,9 @@ def _describe_training(history: pa.Table) -> dict[str, Any] | None:
     metadata = history.schema.metadata
     best_epoch = int(metadata[b"best_epoch"])
     return {
+        "network_size": metadata.get(b"network_size", b"").decode(),  # earlier versions did not keep it
+        "num_weights": int(metadata.get(b"num_weights", 0)),
+        "precision": metadata.get(b"precision", b"").decode(),
         "num_epochs": len(rows),
         "num_steps": rows[-1]["step"],
         "duration": f"{seconds / 60:.0f} minutes" if seconds >= 100 else f"{seconds:.0f} seconds",

@@ -167,7 +167,7 @@ def train(
 ) -> tuple[Any, pa.Table, dict[str, Any]]:
     """Features, charset → model, history, provenance."""
     from htr_pipeline.core.distribution import Distribution
-    from htr_pipeline.core.model import chosen_precision, weights_hash
+    from htr_pipeline.core.model import chosen_precision, size_of, weights_hash
     from htr_pipeline.core.training import train_network
 
     features.check_stats(feature_stats)
@@ -222,6 +222,8 @@ def train(
     metadata = {
         "ended_by": trained.ended_by,
         "is_chief": str(distribution.is_chief),
+        "network_size": str(size_of(trained.model)),
+        "num_weights": str(trained.model.count_params()),
         "precision": precision,
         "fingerprint": fingerprint,
         "model_hash": weights_hash(trained.model),
