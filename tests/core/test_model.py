@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 import pytest
 
@@ -125,14 +126,16 @@ def test_another_height_is_no_hindrance_and_another_size_is_named(model):
         copy_weights(model, Charset("0123456789"), other, Charset("0123456789"))
 
 
-def test_in_mixed_precision_only_the_convolutional_part_is_bfloat16():
+def test_in_mixed_precision_what_follows_the_recurrent_layers_is_float32():
     model = build_model(ModelConfig(size="XS"), NUM_CLASSES, 32, seed=3)
     lines = random_lines([100, 128], 128)
     exact = {name: np.asarray(x) for name, x in model(lines).items()}
     set_precision(model, "mixed_bfloat16")
     types = {layer.name: layer.compute_dtype for layer in model.layers}
-    assert types["conv_2"] == types["norm_2"] == "bfloat16"
-    assert types["recurrent_1"] == types["logits"] == types["shortcut_logits"] == "float32"
+    assert types["conv_2"] == types["norm_2"] == types["recurrent_1"] == "bfloat16"
+    assert types["recurrent_dropout_1"] == types["logits"] == types["shortcut_logits"] == "float32"
+    hidden = model.get_layer("recurrent_1")((keras.ops.zeros((2, 16, 64), "bfloat16"), np.array([16, 9])))
+    assert hidden.dtype == "float32"
     mixed = {name: np.asarray(x) for name, x in model(lines).items()}
     for name, logits in exact.items():
         assert mixed[name].dtype == np.float32

@@ -15,12 +15,14 @@ from htr_pipeline.core.optimizer import Muon
         ((3, 3, 8, 24), "kernel"),
         ((40, 4 * 24), "recurrent_kernel"),
         ((24, 4 * 40), "recurrent_kernel"),
+        ((384, 4 * 192), "recurrent_kernel"),
     ],
 )
-def test_the_update_of_a_matrix_has_all_singular_values_alike(shape, name):
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+def test_the_update_of_a_matrix_has_all_singular_values_alike(shape, name, products):
     rng = np.random.default_rng(0)
     variable = keras.Variable(np.zeros(shape, np.float32), name=name)
-    optimizer = Muon(0.01, weight_decay=0.0, clip_norm=0.0)
+    optimizer = Muon(0.01, weight_decay=0.0, clip_norm=0.0, products=products)
     optimizer.build([variable])
     # One direction, or one gate, a hundred times as steep as the rest: plain gradient descent would follow it alone.
     gradient = rng.standard_normal(shape).astype(np.float32)

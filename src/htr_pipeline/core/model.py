@@ -152,7 +152,7 @@ class FusedBatchNorm(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(_PACKAGE)
 class BidirectionalLSTM(keras.layers.Layer):
-    """An LSTM over the frames and one over the reversed valid frames, run in one loop, outputs concatenated.
+    """An LSTM over the frames and one over the reversed valid frames, outputs concatenated.
 
     Unlike in keras.layers.Bidirectional, the backward LSTM starts at the line's own last frame and not in the padding.
 
@@ -170,7 +170,9 @@ class BidirectionalLSTM(keras.layers.Layer):
 
         def weights(name: str, shape: tuple[int, ...], initializer: Any) -> list[Any]:
             return [
-                self.add_weight(name=f"{direction}_{name}", shape=shape, initializer=initializer, dtype="float32")
+                self.add_weight(
+                    name=f"{direction}_{name}", shape=shape, initializer=initializer, dtype="float32", autocast=False
+                )
                 for direction in ("forward", "backward")
             ]
 
@@ -183,19 +185,12 @@ class BidirectionalLSTM(keras.layers.Layer):
         features, length = inputs
         forward = tf.transpose(features, [1, 0, 2])
         directions = (forward, self._reversed(forward, length))
-        if cudnn.is_available():
-            hidden = [
-                cudnn.lstm(x, length, *map(tf.convert_to_tensor, weights))
-                for x, *weights in zip(directions, self.kernels, self.recurrent_kernels, self.biases, strict=True)
-            ]
-            return self._joined(hidden[0], hidden[1], length)
-        projected = [
-            self._project(x, kernel, bias)
-            for x, kernel, bias in zip(directions, self.kernels, self.biases, strict=True)
+        # No direction waits for the other: TensorFlow runs the two loops on two cores.
+        hidden = [
+            self._run(x, length, *map(tf.convert_to_tensor, weights), training=training)
+            for x, *weights in zip(directions, self.kernels, self.recurrent_kernels, self.biases, strict=True)
         ]
-        recurrent_kernel = tf.stack([tf.convert_to_tensor(kernel) for kernel in self.recurrent_kernels])
-        hidden = lstm(tf.stack(projected, axis=1), recurrent_kernel, training)
-        return self._joined(hidden[:, 0], hidden[:, 1], length)
+        return self._joined(hidden[0], hidden[1], length)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """(B, T, 2 * units)."""
@@ -212,11 +207,22 @@ class BidirectionalLSTM(keras.layers.Layer):
     def _joined(self, forward: tf.Tensor, backward: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
         return tf.transpose(tf.concat([forward, self._reversed(backward, length)], axis=-1), [1, 0, 2])
 
-    @staticmethod
-    def _project(frames: tf.Tensor, kernel: Any, bias: Any) -> tf.Tensor:
+    def _run(
+        self,
+        frames: tf.Tensor,
+        length: tf.Tensor,
+        kernel: tf.Tensor,
+        recurrent_kernel: tf.Tensor,
+        bias: tf.Tensor,
+        training: bool,
+    ) -> tf.Tensor:
+        if cudnn.is_available():
+            return cudnn.lstm(tf.cast(frames, tf.float32), length, kernel, recurrent_kernel, bias)
         # As one matrix: the gradient of a product of three by two dimensions takes three times as long.
-        projected = tf.matmul(tf.reshape(frames, [-1, frames.shape[-1]]), kernel) + bias
-        return tf.reshape(projected, tf.concat([tf.shape(frames)[:-1], [projected.shape[-1]]], axis=0))
+        as_matrix = tf.reshape(frames, [-1, frames.shape[-1]])
+        projected = tf.cast(tf.matmul(as_matrix, tf.cast(kernel, self.compute_dtype)), tf.float32) + bias
+        projected = tf.reshape(projected, tf.concat([tf.shape(frames)[:-1], [projected.shape[-1]]], axis=0))
+        return lstm(projected, recurrent_kernel, training)
 
     @staticmethod
     def _reversed(frames: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
@@ -295,16 +301,16 @@ def chosen_precision(precision: str) -> str:
 
 
 def set_precision(model: keras.Model, precision: str) -> None:
-    """Sets the type that the convolutional part computes in; weights and all that follows it stay float32.
+    """Sets the type that the convolutions and the products of their columns with the recurrent kernels compute in.
 
-    Recurrent layers, logits and the statistics of the normalisations are always float32, and so is what is saved.
+    The recurrence itself, logits and the statistics of the normalisations are always float32, and so are the weights.
 
     Args:
         model: of build_model.
         precision: float32 or mixed_bfloat16.
     """
     for layer in model.layers:
-        if "recurrent" not in layer.name and "logits" not in layer.name:
+        if not layer.name.startswith(("recurrent_dropout", "logits", "shortcut_logits")):
             layer.dtype_policy = keras.DTypePolicy(precision)
 
 

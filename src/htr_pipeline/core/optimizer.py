@@ -15,12 +15,13 @@ class Muon(keras.optimizers.Muon):
         learning_rate: of both; the update of a matrix is scaled to the size that AdamW's would have.
         weight_decay: of the kernels, decoupled, of both.
         clip_norm: the gradient is scaled down to this global norm; 0: it is not.
+        products: type of the products that make a matrix orthogonal; bfloat16 is that of the source.
 
     Source: Jordan et al., Muon: an optimizer for hidden layers in neural networks (2024); the scale is that of Liu et
         al., Muon is scalable for LLM training (arXiv 2502.16982).
     """
 
-    def __init__(self, learning_rate: float, weight_decay: float, clip_norm: float) -> None:
+    def __init__(self, learning_rate: float, weight_decay: float, clip_norm: float, products: str = "float32") -> None:
         super().__init__(
             learning_rate,
             weight_decay=weight_decay,
@@ -28,6 +29,7 @@ class Muon(keras.optimizers.Muon):
             adam_beta_2=0.99,
             global_clipnorm=clip_norm or None,
         )
+        self.products = products
         self.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
 
     def _should_use_adamw(self, variable: Any) -> bool:
@@ -45,8 +47,8 @@ class Muon(keras.optimizers.Muon):
         direction = gradient + self.momentum * momentum
         gates = 4 if "recurrent" in variable.path else 1
         matrices = keras.ops.stack(keras.ops.split(keras.ops.reshape(direction, (-1, direction.shape[-1])), gates, -1))
-        updates = self.zeropower_via_newtonschulz5(matrices, self.ns_steps)
-        update = keras.ops.concatenate(keras.ops.unstack(updates), axis=-1)
+        updates = self.zeropower_via_newtonschulz5(keras.ops.cast(matrices, self.products), self.ns_steps)
+        update = keras.ops.cast(keras.ops.concatenate(keras.ops.unstack(updates), axis=-1), direction.dtype)
         # Singular values near one, brought to the root mean square of AdamW's update.
         scale = self.rms_rate * math.sqrt(max(matrices.shape[1:]))
         variable.assign(variable - rate * scale * keras.ops.reshape(update, variable.shape))

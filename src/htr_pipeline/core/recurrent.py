@@ -1,4 +1,4 @@
-"""Both directions of an LSTM in one loop over the frames, with its gradient written out.
+"""An LSTM as a loop over the frames with its gradient written out.
 
 What Keras' LSTM does in every step (input projection, and in the gradient the outer products of both kernels) is done
 here once for all frames as large matrix products; the loop keeps what truly depends on the frame before.
@@ -12,42 +12,42 @@ _CHUNK_FRAMES = 16
 
 
 def lstm(projected: tf.Tensor, recurrent_kernel: tf.Tensor, training: bool) -> tf.Tensor:
-    """Hidden states of D independent LSTMs run side by side.
+    """Hidden states of all frames, from the first to the last.
 
     Args:
-        projected: (T, D, B, 4 * units) float32. Input times kernel plus bias; input, forget and output gate, then
+        projected: (T, B, 4 * units) float32. Input times kernel plus bias; input, forget and output gate, then
             candidate.
-        recurrent_kernel: (D, units, 4 * units) float32.
+        recurrent_kernel: (units, 4 * units) float32.
         training: compiles the loop with XLA, once for each B, and writes the gradient out. Otherwise nothing is
             compiled: a server meets too many shapes once each.
 
     Returns:
-        (T, D, B, units) float32.
+        (T, B, units) float32.
 
     Source: Hochreiter and Schmidhuber, Neural Computation 9 (1997), with the forget gate of Gers et al. (2000).
     """
     if training:
         return _trained(projected, recurrent_kernel)
-    zeros = tf.zeros_like(projected[0, ..., : recurrent_kernel.shape[1]])
+    zeros = tf.zeros_like(projected[0, :, : recurrent_kernel.shape[0]])
     return _run(projected, recurrent_kernel, zeros, zeros)[0]
 
 
 @tf.custom_gradient
 def _trained(projected: tf.Tensor, recurrent_kernel: tf.Tensor) -> tuple[tf.Tensor, object]:
-    directions, units, _ = recurrent_kernel.shape
+    units = recurrent_kernel.shape[0]
     frames = tf.shape(projected)[0]
     num_chunks = -(-frames // _CHUNK_FRAMES)
-    zeros = tf.zeros_like(projected[0, ..., :units])
+    zeros = tf.zeros_like(projected[0, :, :units])
 
     def to_chunks(x: tf.Tensor) -> tf.Tensor:
-        x = tf.pad(x, [[0, -frames % _CHUNK_FRAMES], [0, 0], [0, 0], [0, 0]])
-        return tf.reshape(x, [num_chunks, _CHUNK_FRAMES, directions, -1, x.shape[-1]])
+        x = tf.pad(x, [[0, -frames % _CHUNK_FRAMES], [0, 0], [0, 0]])
+        return tf.reshape(x, [num_chunks, _CHUNK_FRAMES, -1, x.shape[-1]])
 
     def to_frames(x: tf.Tensor) -> tf.Tensor:
-        return tf.reshape(x, [num_chunks * _CHUNK_FRAMES, directions, -1, x.shape[-1]])
+        return tf.reshape(x, [num_chunks * _CHUNK_FRAMES, -1, x.shape[-1]])
 
     def chunks_of(size: int) -> tf.TensorArray:
-        return tf.TensorArray(tf.float32, num_chunks, element_shape=[_CHUNK_FRAMES, directions, None, size])
+        return tf.TensorArray(tf.float32, num_chunks, element_shape=[_CHUNK_FRAMES, None, size])
 
     inputs = to_chunks(projected)
 
@@ -62,11 +62,12 @@ def _trained(projected: tf.Tensor, recurrent_kernel: tf.Tensor) -> tuple[tf.Tens
 
     def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         upstream = to_chunks(upstream)
+        transposed_kernel = tf.transpose(recurrent_kernel)  # once, not in every step
         cells_before = tf.concat([zeros[tf.newaxis], cells[:-1, -1]], axis=0)
 
         def backward(c, from_next, cell_gradient, all_gates):
             by_gate, from_next, cell_gradient = _compiled_gradient(
-                upstream[c], cells_before[c], cells[c], gates[c], recurrent_kernel, from_next, cell_gradient
+                upstream[c], cells_before[c], cells[c], gates[c], transposed_kernel, from_next, cell_gradient
             )
             carried = tf.ensure_shape(from_next, zeros.shape), tf.ensure_shape(cell_gradient, zeros.shape)
             return c - 1, *carried, all_gates.write(c, by_gate)
@@ -76,13 +77,10 @@ def _trained(projected: tf.Tensor, recurrent_kernel: tf.Tensor) -> tuple[tf.Tens
         by_gate = to_frames(done[3].stack())
         hidden_before = tf.concat([zeros[tf.newaxis], to_frames(hidden)[:-1]], axis=0)
 
-        def as_matrix(x: tf.Tensor, direction: int) -> tf.Tensor:
-            return tf.reshape(x[:, direction], [-1, x.shape[-1]])
+        def as_matrix(x: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(x, [-1, x.shape[-1]])
 
-        kernel_gradient = [
-            tf.matmul(as_matrix(hidden_before, d), as_matrix(by_gate, d), transpose_a=True) for d in range(directions)
-        ]
-        return by_gate[:frames], tf.stack(kernel_gradient)
+        return by_gate[:frames], tf.matmul(as_matrix(hidden_before), as_matrix(by_gate), transpose_a=True)
 
     return to_frames(hidden)[:frames], gradient
 
@@ -91,11 +89,11 @@ def _run(
     projected: tf.Tensor, recurrent_kernel: tf.Tensor, hidden: tf.Tensor, cell: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Hidden states, cells and opened gates of all frames from the hidden state and the cell before the first."""
-    units = recurrent_kernel.shape[1]
+    units = recurrent_kernel.shape[0]
     frames = tf.shape(projected)[0]
 
     def step(t, hidden, cell, all_hidden, all_cells, all_gates):
-        gates = projected[t] + tf.matmul(hidden, recurrent_kernel)  # (D, B, 4 * units)
+        gates = projected[t] + tf.matmul(hidden, recurrent_kernel)  # (B, 4 * units)
         opened = tf.sigmoid(gates[..., : 3 * units])
         candidate = tf.tanh(gates[..., 3 * units :])
         i, f, o = opened[..., :units], opened[..., units : 2 * units], opened[..., 2 * units :]
@@ -115,12 +113,12 @@ def _gradient(
     cell_before: tf.Tensor,
     cells: tf.Tensor,
     gates: tf.Tensor,
-    recurrent_kernel: tf.Tensor,
+    transposed_kernel: tf.Tensor,
     from_next: tf.Tensor,
     cell_gradient: tf.Tensor,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Gradient by the gates of all frames, and by the hidden state and the cell before the first."""
-    units = recurrent_kernel.shape[1]
+    units = transposed_kernel.shape[1]
     frames = tf.shape(upstream)[0]
     earlier_cells = tf.concat([cell_before[tf.newaxis], cells[:-1]], axis=0)
 
@@ -142,7 +140,7 @@ def _gradient(
             ],
             axis=-1,
         )
-        from_next = tf.matmul(by_gate, recurrent_kernel, transpose_b=True)
+        from_next = tf.matmul(by_gate, transposed_kernel)
         return t - 1, from_next, cell_gradient * f, all_gates.write(t, by_gate)
 
     all_gates = tf.TensorArray(tf.float32, frames, element_shape=gates.shape[1:])

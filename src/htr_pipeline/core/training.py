@@ -312,13 +312,19 @@ class Trainer:
                 f"{charset.num_classes}: the blank (the last class) would stand for a character within the texts. "
                 "Build the network for this charset, or start from it with training.start_from."
             )
-        set_precision(model, chosen_precision(config.precision))
+        precision = chosen_precision(config.precision)
+        set_precision(model, precision)
         self.model = model
         self.charset = charset
         self.config = config
         self.distribution = distribution or Distribution()
         with self.distribution.scope():
-            self.optimizer = Muon(config.learning_rate, config.weight_decay, config.gradient_clip_norm)
+            self.optimizer = Muon(
+                config.learning_rate,
+                config.weight_decay,
+                config.gradient_clip_norm,
+                products=precision.removeprefix("mixed_"),
+            )
             self.optimizer.build(model.trainable_variables)
         signature = [
             tf.TensorSpec((None, None, model.inputs[0].shape[-1]), tf.uint8),
