@@ -233,7 +233,7 @@ def build_model(config: ModelConfig, num_classes: int, height_pixels: int, seed:
     """A network from line images to logits.
 
     Args:
-        config: size and dropout; without a size it is S.
+        config: size and dropout; without a size it is DEFAULT_SIZE.
         num_classes: characters plus the blank, which is the last class.
         height_pixels: height of the line images.
         seed: of the initial weights and of dropout.

@@ -7,7 +7,7 @@ from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.ctc.lexicon import Lexicon
 from htr_pipeline.core.text import Charset, normalise_text, visual_text
 
-DEFAULT_SIZE = "S"
+DEFAULT_SIZE = "SM"
 
 
 @config("model")
@@ -15,8 +15,8 @@ class ModelConfig:
     """Which network is built; without a size, one of DEFAULT_SIZE, or of that of the network to start from."""
 
     size: str | None = setting(default=None, choices=("XS", "S", "SM", "M", "L"))
-    column_dropout: float = setting(default=0.2, minimum=0.0, maximum=0.9)
-    recurrent_dropout: float = setting(default=0.2, minimum=0.0, maximum=0.9)
+    column_dropout: float = setting(default=0.3, minimum=0.0, maximum=0.9)
+    recurrent_dropout: float = setting(default=0.3, minimum=0.0, maximum=0.9)
 
 
 @config("training")
