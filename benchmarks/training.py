@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 EPOCHS = 1_000_000  # of kraken: the clock ends training
 MOST_ROWS = 20  # of the learning curve
 
-# 1.1 million parameters and 0.39 billion multiplications for a line of 800 x 64 pixels; our size S has 0.8 and 0.37, SM,
+# 1.1 million parameters and 0.39 billion multiplications for a line of 800 x 64 pixels; size S has 0.8 and 0.37, SM,
 # the default, 1.6 and 0.67.
 SMALL_NETWORK = (
     "[1,64,0,1 Cr3,3,16 Mp2,2 Cr3,3,32 Mp2,2 Cr3,3,64 Mp2,1 Cr3,3,64 S1(1x0)1,3 Do0.2,2 Lbx128 Do0.2,2 Lbx128 Do0.2,2]"

@@ -187,7 +187,7 @@ class BidirectionalLSTM(keras.layers.Layer):
         directions = (forward, self._reversed(forward, length))
         # No direction waits for the other: TensorFlow runs the two loops on two cores.
         hidden = [
-            self._run(x, length, *map(tf.convert_to_tensor, weights), training=training)
+            self._run(x, length, training, *map(tf.convert_to_tensor, weights))
             for x, *weights in zip(directions, self.kernels, self.recurrent_kernels, self.biases, strict=True)
         ]
         return self._joined(hidden[0], hidden[1], length)
@@ -211,10 +211,10 @@ class BidirectionalLSTM(keras.layers.Layer):
         self,
         frames: tf.Tensor,
         length: tf.Tensor,
+        training: bool,
         kernel: tf.Tensor,
         recurrent_kernel: tf.Tensor,
         bias: tf.Tensor,
-        training: bool,
     ) -> tf.Tensor:
         if cudnn.is_available():
             return cudnn.lstm(tf.cast(frames, tf.float32), length, kernel, recurrent_kernel, bias)
