@@ -10,7 +10,7 @@ from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
 from htr_pipeline.core.image import ImageConfig, pixel_settings
-from htr_pipeline.core.recipe import DEFAULT_SIZE, DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
+from htr_pipeline.core.recipe import DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset, visual_text
 from htr_pipeline.io.datasets import LanguageModel
 from htr_pipeline.io.starting_point import StartingPoint
@@ -195,7 +195,7 @@ def test_a_network_has_the_size_of_the_one_that_it_starts_from(tmp_path, caplog)
     with pytest.raises(UserError, match=r"model\.size = 'S': '.*' is of size XS.*Set model\.size=null, or start from"):
         built("S", training, start)
     built(None, TrainingConfig())
-    assert caplog.records[-1].args[0] == DEFAULT_SIZE
+    assert caplog.records[-1].args[0] == "SM"
 
 
 def test_the_default_size_is_the_same_training_as_that_size():
@@ -203,7 +203,7 @@ def test_the_default_size_is_the_same_training_as_that_size():
         blocks = ModelConfig(size=size), AugmentationConfig(), TrainingConfig()
         return _settings_of_weights("d", "{}", *blocks, None)
 
-    assert settings(None) == settings(DEFAULT_SIZE) != settings("M")
+    assert settings(None) == settings("SM") != settings("M")
 
 
 @pytest.mark.parametrize("num_epochs", [1, 40])

@@ -161,7 +161,7 @@ class BidirectionalLSTM(keras.layers.Layer):
     """
 
     def __init__(self, units: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # call knows which products bear it
         self.units = units
 
     def build(self, input_shape: Any) -> None:
@@ -183,6 +183,7 @@ class BidirectionalLSTM(keras.layers.Layer):
     def call(self, inputs: tuple[tf.Tensor, tf.Tensor], training: bool = False) -> tf.Tensor:
         """(B, T, features) and (B,) int32 lengths to (B, T, 2 * units)."""
         features, length = inputs
+        features = tf.cast(features, tf.float32 if cudnn.is_available() else self.compute_dtype)
         forward = tf.transpose(features, [1, 0, 2])
         directions = (forward, self._reversed(forward, length))
         # No direction waits for the other: TensorFlow runs the two loops on two cores.
@@ -217,7 +218,7 @@ class BidirectionalLSTM(keras.layers.Layer):
         bias: tf.Tensor,
     ) -> tf.Tensor:
         if cudnn.is_available():
-            return cudnn.lstm(tf.cast(frames, tf.float32), length, kernel, recurrent_kernel, bias)
+            return cudnn.lstm(frames, length, kernel, recurrent_kernel, bias)
         # As one matrix: the gradient of a product of three by two dimensions takes three times as long.
         as_matrix = tf.reshape(frames, [-1, frames.shape[-1]])
         projected = tf.cast(tf.matmul(as_matrix, tf.cast(kernel, self.compute_dtype)), tf.float32) + bias
