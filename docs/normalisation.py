@@ -27,12 +27,14 @@ def badly_lit_negative() -> np.ndarray:
 def main() -> None:
     """Writes the picture."""
     line = badly_lit_negative()
-    off = {"find_polarity": False, "even_paper": False, "stretch_contrast": False, "deslant": False}
+    off = {"find_polarity": False, "even_paper": False, "stretch_contrast": False}
+    off |= {"even_size": False, "deslant": False}
     steps = [
         ("one height, ink high", {}),
         ("find_polarity", {"find_polarity": True}),
         ("even_paper", {"even_paper": True}),
         ("stretch_contrast", {"stretch_contrast": True}),
+        ("even_size", {"even_size": True}),
         ("deslant", {"deslant": True}),
         ("binarise", {"binarise": True}),
     ]
@@ -40,7 +42,7 @@ def main() -> None:
     for name, step in steps:
         settings |= step
         pictures.append((name, 255 - normalise_line(line, ImageConfig(**settings)).pixels.T))
-    figure, axes = plt.subplots(len(pictures), 1, figsize=(6.5, 6.2))
+    figure, axes = plt.subplots(len(pictures), 1, figsize=(6.5, 7.1))
     for axis, (name, picture) in zip(axes, pictures, strict=True):
         axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
         axis.set_title(name, loc="left", fontsize=9, family="monospace")

@@ -17,7 +17,8 @@ import h5py
 import yaml
 
 ROOT = Path(__file__).parents[1]
-NO_CACHES = shutil.ignore_patterns("__pycache__")
+# Compiled code goes along, for time; not the files that another worker of the tests is writing just then.
+UNFINISHED = shutil.ignore_patterns("*.tmp.*", "*.pyc.*")
 KEDRO = (sys.executable, "-m", "kedro", "run", "--env", "test")
 
 
@@ -48,7 +49,7 @@ def new_project(folder):
     (folder / "conf" / "local").mkdir()
     shutil.copy2(ROOT / "pyproject.toml", folder)
     # Not a link: Kedro insists on code within the project.
-    shutil.copytree(ROOT / "src" / "htr_pipeline", folder / "src" / "htr_pipeline", ignore=NO_CACHES)
+    shutil.copytree(ROOT / "src" / "htr_pipeline", folder / "src" / "htr_pipeline", ignore=UNFINISHED)
     return folder
 
 

@@ -69,6 +69,10 @@ def test_settings_hold_nothing_of_the_machine_and_those_of_older_models_are_read
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     older = load(tmp_path, network)
     assert read(older, images)["text"].tolist() == read(loaded, images)["text"].tolist()
+    assert older.image_config.even_size
+    del settings["features"]["even_size"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert not load(tmp_path, network).image_config.even_size, "registered before there was this setting"
 
 
 def read(loaded, images, **params):

@@ -23,7 +23,7 @@ from htr_pipeline.core.batching import Line
 from htr_pipeline.core.calibration import Calibration
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.language_model import load_language_model
-from htr_pipeline.core.image import ImageConfig, normalise_line, pixel_settings, read_image
+from htr_pipeline.core.image import ImageConfig, normalise_line, pixel_settings, read_image, recorded_settings
 from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.core.text import Charset
 
@@ -92,9 +92,8 @@ class LineReader(mlflow.pyfunc.PythonModel):
 
         charset = Charset.from_json(files["charset"].read_text(encoding="utf-8"))
         self.provenance = json.loads(files["provenance"].read_text(encoding="utf-8")) if "provenance" in files else {}
-        recorded = self.provenance.get("feature_settings", {})  # with versions of libraries
         settings = {
-            "features": {name: recorded[name] for name in pixel_settings(ImageConfig()) if name in recorded},
+            "features": self.provenance.get("feature_settings", {}),  # with versions of libraries
             "decoding": {"decoder": "greedy"},
             "calibration": {},
         }
@@ -104,7 +103,7 @@ class LineReader(mlflow.pyfunc.PythonModel):
             self._language_model = load_language_model(files["language_model"])
             words = files["lexicon"].read_text(encoding="utf-8").split()
             self._lexicon = DecodingConfig(**settings["decoding"]).build_lexicon(words, charset)
-        self.image_config = ImageConfig(**settings["features"])
+        self.image_config = ImageConfig(**recorded_settings(settings["features"]))
         self._decoding = settings["decoding"]
         self._calibrations = {
             decoder: {level: Calibration(**fitted) for level, fitted in levels.items()}

@@ -119,7 +119,7 @@ def test_an_image_of_endless_rows_or_columns_is_refused_by_its_header(size):
 
 
 def test_normalised_lines_are_columns_of_ink_on_zero():
-    line = normalise_line(strokes(), ImageConfig(height_pixels=48))
+    line = normalise_line(strokes(), ImageConfig(height_pixels=48, even_size=False))
     assert line.pixels.shape == (225, 48)
     assert line.pixels.dtype == np.uint8
     assert line.pixels.max() == 255
@@ -186,6 +186,46 @@ def test_shading_of_the_paper_is_divided_out():
     assert np.abs(even.astype(int) - normalise_line(strokes(), ImageConfig()).pixels).mean() < 10
 
 
+def written(letters_pixels, baseline, *, height=64, ruled=False):
+    """White paper with a word whose capitals are letters_pixels high and stand on the row baseline."""
+    grey = np.full((height, 600), 255, np.uint8)
+    scale = letters_pixels / cv2.getTextSize("H", cv2.FONT_HERSHEY_SIMPLEX, 1.0, 2)[0][1]
+    cv2.putText(grey, "nous avons ecrit", (20, baseline), cv2.FONT_HERSHEY_SIMPLEX, scale, 0, 2, cv2.LINE_AA)
+    if ruled:
+        grey[baseline + 2 : baseline + 4] = 90
+    return grey
+
+
+def letters(pixels):
+    """Height of the letters with neither ascender nor descender, and their middle, in rows."""
+    strokes_per_row = np.abs(np.diff(pixels.T.astype(int), axis=1)).sum(axis=1)
+    rows = np.flatnonzero(strokes_per_row > strokes_per_row.max() / 2)
+    return rows[-1] - rows[0] + 1, rows.mean()
+
+
+@pytest.mark.parametrize("ruled", [False, True])
+def test_letters_of_every_size_and_place_become_equally_high_and_stand_in_the_middle(ruled):
+    lines = [written(size, baseline, ruled=ruled) for size, baseline in ((18, 30), (18, 58), (34, 50))]
+    as_they_are, even = (
+        [letters(normalise_line(line, ImageConfig(even_size=on)).pixels) for line in lines] for on in (False, True)
+    )
+    ratio, even_ratio = (max(s for s, _ in found) / min(s for s, _ in found) for found in (as_they_are, even))
+    assert ratio > 1.6
+    assert even_ratio < 1.35
+    assert np.ptp([middle for _, middle in as_they_are]) > 20
+    assert all(abs(middle - 34) < 3 for _, middle in even)
+
+
+def test_small_letters_are_enlarged_from_the_image_itself():
+    sharp = normalise_line(written(60, 120, height=256), ImageConfig()).pixels
+    shrunk = cv2.resize(written(60, 120, height=256), (150, 64), interpolation=cv2.INTER_AREA)
+    blurred = normalise_line(shrunk, ImageConfig()).pixels
+    assert sharp.shape[0] == pytest.approx(blurred.shape[0], abs=4)
+    assert sharp.shape[0] > 1.2 * 150
+    steepest = [np.sort(np.abs(np.diff(pixels.astype(int), axis=0)).ravel())[-500:].mean() for pixels in (sharp, blurred)]
+    assert steepest[0] > 1.1 * steepest[1]
+
+
 def test_blank_paper_stays_blank():
     grain = np.random.default_rng(0).normal(230, 3, (64, 300)).astype(np.uint8)
     assert normalise_line(grain, ImageConfig()).pixels.mean() < 60
@@ -231,7 +271,7 @@ def test_binarised_blank_paper_has_no_ink():
     assert normalise_line(grain, ImageConfig(binarise=True)).ink_share < 0.02
 
 
-@pytest.mark.parametrize("step", ["even_paper", "find_polarity", "stretch_contrast", "deslant", "binarise"])
+@pytest.mark.parametrize("step", ["even_paper", "find_polarity", "stretch_contrast", "even_size", "deslant", "binarise"])
 def test_every_step_can_be_switched(step):
     faint = 255 - (255 - strokes(lean=30.0).astype(np.float32)) * 0.4
     photo = faint * np.linspace(0.5, 0.9, 300)[None, :]

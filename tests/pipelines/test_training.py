@@ -177,6 +177,10 @@ def test_a_start_from_lines_made_in_another_way_is_warned_of(tmp_path, caplog):
     (tmp_path / "provenance.json").write_text(json.dumps({"feature_settings": leaning}), encoding="utf-8")
     build_network(small, training, charset, stats, made, start)
     assert "(deslant = False, here True): it knows strokes" in caplog.text
+    del leaning["deslant"], leaning["even_size"]
+    (tmp_path / "provenance.json").write_text(json.dumps({"feature_settings": leaning}), encoding="utf-8")
+    build_network(small, training, charset, stats, made, start)
+    assert "(even_size = False, here True)" in caplog.text, "a record that is older than this setting"
 
 
 def test_a_network_has_the_size_of_the_one_that_it_starts_from(tmp_path, caplog):

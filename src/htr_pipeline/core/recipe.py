@@ -31,7 +31,7 @@ class TrainingConfig:
     weight_decay: float = setting(default=0.1, minimum=0.0, maximum=1.0)
     gradient_clip_norm: float = setting(default=5.0, minimum=0.0, maximum=1e6)  # 0: never
     shortcut_weight: float = setting(default=0.1, minimum=0.0, maximum=1.0)
-    label_smoothing: float = setting(default=0.0, minimum=0.0, maximum=1.0)
+    label_smoothing: float = setting(default=0.01, minimum=0.0, maximum=1.0)
     buffer_lines: int = setting(default=4096, minimum=1)
     max_validation_lines: int = setting(default=256, minimum=1)  # scored after every epoch
     checkpoint_seconds: float = setting(default=60.0, minimum=0.0)
