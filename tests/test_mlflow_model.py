@@ -129,7 +129,9 @@ def test_images_may_be_arrays_and_a_network_alone_reads_greedily(tmp_path, netwo
     pd.testing.assert_frame_equal(whole.predict(None, arrays), read(whole, images))
     wrong = whole.predict(None, [arrays[0].astype(np.float32), np.zeros((2, 3, 3), np.uint8)])
     assert wrong["error"].str.contains(r"must be \(height, width\) uint8, grey, got").all()
-    (tmp_path / "provenance.json").write_text('{"feature_settings": {"height_pixels": 32}}', encoding="utf-8")
+    (tmp_path / "provenance.json").write_text(
+        '{"feature_settings": {"height_pixels": 32, "even_size": true}}', encoding="utf-8"
+    )
     files = {name: tmp_path / f"{name}.json" for name in ("charset", "provenance")}
     alone = LineReader().load({"network": network, **files})
     pd.testing.assert_frame_equal(read(alone, images), read(whole, images))

@@ -336,7 +336,7 @@ FAST = dataclasses.replace(STOP, learning_rate=100 * CONFIG.learning_rate)
 
 
 def test_a_rate_times_100_is_named():
-    collapse = "(explode|not what stands in the lines|and then blanks)"
+    collapse = "(explode|not what stands in the lines|but blanks|then blanks)"
     with pytest.raises(UserError, match=collapse + r".*training\.learning_rate is 0\.\d+; the default is 0\.006"):
         run(config=FAST)
 

@@ -7,7 +7,7 @@ import pytest
 
 from htr_pipeline.core.batching import Line
 from htr_pipeline.core.config import UserError
-from htr_pipeline.core.image import ImageConfig, differing_settings, normalise_line, pixel_settings
+from htr_pipeline.core.image import ImageConfig, normalise_line, pixel_settings, recorded_settings
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.recipe import DecodingConfig, ModelConfig
 from htr_pipeline.core.synthesis import Font, draw_style, render_line
@@ -103,7 +103,7 @@ def test_starter_reads_a_rendered_line_normalised_by_the_default_settings(starte
     text, font = "la maison de ma mère est dans la rue", Font("kalam", (fontpkg.path("kalam", 400),))
     pixels, model = ImageConfig(), starter.model()
     provenance = starter.provenance()
-    assert differing_settings(provenance["feature_settings"], pixel_settings(pixels)) == []
+    assert recorded_settings(provenance["feature_settings"]) == pixel_settings(pixels)
     assert provenance["charset_hash"] == charset_hash(starter.charset_path.read_text(encoding="utf-8"))
     assert provenance["model_hash"] == weights_hash(model)
     assert len(provenance["learnt_lines"]) == 3459 + 1822 + 2016

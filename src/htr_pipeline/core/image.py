@@ -264,8 +264,8 @@ def signature(config: ImageConfig) -> str:
 def normalise_line(grey: np.ndarray, config: ImageConfig) -> NormalisedLine:
     """Evens the paper out, makes ink high and scales to the configured height, aspect kept.
 
-    The width is `scaled_width`, but that letters of an even size take 0.75 to 1.5 times as much, and that deslanting adds
-    what the strokes need.
+    The width is `scaled_width`, but that letters of an even size take 0.75 to 1.5 times as much, and that deslanting
+    adds what the strokes need.
 
     Args:
         grey: (height, width) uint8 image of one line.
