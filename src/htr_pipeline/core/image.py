@@ -29,7 +29,7 @@ _PIXELS_AT_A_TIME = 4_000_000  # that are brought to grey together
 _MAX_FRAMES = 100  # of a TIFF, that are looked at
 _ANGLES = np.arange(-45, 50, 5)  # degrees of slant that are told apart
 _SPREAD = 5 / 64  # of the rows that hold letters, share of the height: about what the lines of copiste_fr have
-_SPREAD_TRUST = 0.6  # share, of a logarithm, of the difference to it that is taken away: capitals spread too
+_SPREAD_TRUST = 0.6  # share of the difference to it, in logarithms, that is taken away: capitals spread too
 _SCALES = (0.75, 1.5)
 _MIDDLE = 0.53  # where the middle of the letters is put, share of the height
 _SAUVOLA_WEIGHT = 0.2  # of the local contrast in the threshold
@@ -277,8 +277,9 @@ def normalise_line(grey: np.ndarray, config: ImageConfig) -> NormalisedLine:
     if grey.ndim != 2 or 0 in grey.shape:
         raise UserError(f"a line image needs two sides of at least one pixel, got shape {grey.shape}.")
     width, height = scaled_width(grey.shape[1], grey.shape[0], config), config.height_pixels
-    is_light_on_dark = config.find_polarity and _is_light_on_dark(_resize(grey, width, height))
-    ink, contrast = _ink(_resize(grey, width, height), is_light_on_dark, config)
+    scaled = _resize(grey, width, height)
+    is_light_on_dark = config.find_polarity and _is_light_on_dark(scaled)
+    ink, contrast = _ink(scaled, is_light_on_dark, config)
     if config.even_size:
         scale, middle = _size_of_letters(ink)
         rows = max(round(height * scale), 1)
