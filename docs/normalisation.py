@@ -27,8 +27,7 @@ def badly_lit_negative() -> np.ndarray:
 def main() -> None:
     """Writes the picture."""
     line = badly_lit_negative()
-    off = {"find_polarity": False, "even_paper": False, "stretch_contrast": False}
-    off |= {"even_size": False, "deslant": False}
+    off = dict.fromkeys(("find_polarity", "even_paper", "stretch_contrast", "even_size", "deslant"), False)
     steps = [
         ("one height, ink high", {}),
         ("find_polarity", {"find_polarity": True}),

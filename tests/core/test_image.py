@@ -9,10 +9,12 @@ from htr_pipeline.core import image as image_module
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.image import (
     ImageConfig,
+    differing_settings,
     find_near_duplicates,
     normalise_line,
     num_frames,
     perceptual_hash,
+    pixel_settings,
     read_image,
     scaled_width,
     signature,
@@ -288,6 +290,15 @@ def test_signature_follows_what_changes_pixels_and_nothing_else():
         assert signature(ImageConfig(**change)) == usual
     for change in ({"height_pixels": 32}, {"deslant": False}, {"binarise": True}, {"even_paper": False}):
         assert signature(ImageConfig(**change)) != usual
+
+
+def test_lines_made_before_letters_had_one_size_differ_from_those_made_since():
+    since = pixel_settings(ImageConfig())
+    before = {name: value for name, value in since.items() if name != "even_size"} | {"opencv": "1.0"}
+    assert differing_settings(before, since) == ["even_size = False, here True"]
+    assert differing_settings(since, before) == ["even_size = True, here False"]
+    assert differing_settings(before, before) == differing_settings(since, since) == []
+    assert differing_settings({}, since) == [], "nothing is known of them"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (2, 2), (3, 4000), (4000, 3)])

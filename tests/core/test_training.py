@@ -335,10 +335,13 @@ def test_a_softmax_too_many_is_named():
 FAST = dataclasses.replace(STOP, learning_rate=100 * CONFIG.learning_rate)
 
 
-def test_a_rate_times_100_is_named():
-    collapse = "(explode|not what stands in the lines|but blanks|then blanks)"
+@pytest.mark.parametrize(
+    ("smoothing", "collapse"),
+    [(0.0, "(explode|not what stands in the lines|and then blanks)"), (0.01, "hardly anything but blanks")],
+)
+def test_a_rate_times_100_is_named(smoothing, collapse):
     with pytest.raises(UserError, match=collapse + r".*training\.learning_rate is 0\.\d+; the default is 0\.006"):
-        run(config=FAST)
+        run(config=dataclasses.replace(FAST, label_smoothing=smoothing))
 
 
 def test_a_rate_that_makes_loss_or_gradient_explode_is_named():

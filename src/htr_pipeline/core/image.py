@@ -249,8 +249,9 @@ def recorded_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differing_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Words for each of pixel_settings that both have and that differs; other entries are not looked at."""
-    names = pixel_settings(ImageConfig()).keys() & theirs.keys() & ours.keys()
+    """Words for each of recorded_settings that both have and that differs; other entries are not looked at."""
+    theirs, ours = recorded_settings(theirs), recorded_settings(ours)
+    names = theirs.keys() & ours.keys()
     return [f"{name} = {theirs[name]}, here {ours[name]}" for name in sorted(names) if theirs[name] != ours[name]]
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from htr_pipeline.core.batching import Line
 from htr_pipeline.core.calibration import Calibration, fit_calibration, reliability, right_characters
 from htr_pipeline.core.config import UserError, config, setting
-from htr_pipeline.core.image import differing_settings, recorded_settings
+from htr_pipeline.core.image import differing_settings
 from htr_pipeline.core.metrics import bootstrap_interval, independent_groups, score_lines, signature
 from htr_pipeline.core.recipe import DECODERS, DecodingConfig
 from htr_pipeline.core.text import Charset, unicode_form_of
@@ -112,7 +112,7 @@ def _check_parts(features: FeatureShards, model: Any, charset: str, provenance: 
             "The network on disk and the charset beside it are of two trainings: it would write other characters than "
             "it means. Train it again, which takes up what was interrupted: kedro run --from-nodes collect_charset"
         )
-    if different := differing_settings(recorded_settings(provenance["feature_settings"]), features.settings()):
+    if different := differing_settings(provenance["feature_settings"], features.settings()):
         words = f"The network was trained on lines with other settings of features: {'; '.join(different)}."
         if provenance["feature_settings"]["height_pixels"] != features.settings()["height_pixels"]:
             raise UserError(f"{words} It cannot read lines of another height: kedro run --from-nodes train_network")

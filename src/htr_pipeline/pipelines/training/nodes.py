@@ -25,7 +25,7 @@ from htr_pipeline.core.batching import Line
 from htr_pipeline.core.collapse import ADVICE, READING_CER
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.ctc.lexicon import bare_word
-from htr_pipeline.core.image import differing_settings, recorded_settings
+from htr_pipeline.core.image import differing_settings
 from htr_pipeline.core.recipe import DEFAULT_SIZE, DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
 from htr_pipeline.core.text import Charset, visual_text
 from htr_pipeline.io.checkpoints import FileCheckpoints, stored_settings
@@ -352,7 +352,7 @@ def _from_start(
             "%r has no provenance.json: whether it was trained on lines of the present test, and with which "
             "settings of features, cannot be told.", training.start_from
         )  # fmt: skip
-    theirs = recorded_settings(provenance.get("feature_settings", {})) | {"height_pixels": trained.inputs[0].shape[-1]}
+    theirs = provenance.get("feature_settings", feature_settings) | {"height_pixels": trained.inputs[0].shape[-1]}
     if different := differing_settings(theirs, feature_settings):
         logger.warning(
             "%r was trained on lines that were made with other settings of features (%s): it knows strokes of "
