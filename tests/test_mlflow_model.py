@@ -11,6 +11,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image, ImageDraw
 
 from htr_pipeline.core.calibration import Calibration
+from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
 from htr_pipeline.core.image import ImageConfig
 from htr_pipeline.core.recipe import DecodingConfig, ModelConfig
@@ -137,3 +138,19 @@ def test_images_may_be_arrays_and_a_network_alone_reads_greedily(tmp_path, netwo
     pd.testing.assert_frame_equal(read(alone, images), read(whole, images))
     with pytest.raises(MlflowException, match=r"beam_lm.*without a language model"):
         read(alone, images, decoder="beam_lm")
+
+
+def test_a_network_says_itself_how_high_its_lines_are(tmp_path, network):
+    (tmp_path / "charset.json").write_text(CHARSET.to_json(), encoding="utf-8")
+    files = {"network": network, "charset": tmp_path / "charset.json"}
+    assert LineReader().load(files).image_config == ImageConfig(height_pixels=32)
+    (tmp_path / "provenance.json").write_text('{"feature_settings": {"height_pixels": 48}}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"of lines 48 pixels high, and it takes lines of 32: .* do not belong"):
+        LineReader().load(files | {"provenance": tmp_path / "provenance.json"})
+
+
+def test_an_image_in_colour_is_not_taken_for_a_list_of_lines(tmp_path, network):
+    loaded = reader(tmp_path, network, DecodingConfig(decoder="greedy"))
+    with pytest.raises(MlflowException, match=r"\(64, 300, 3\) looks like one image in colour"):
+        loaded.predict(None, np.zeros((64, 300, 3), np.uint8))
+    assert len(loaded.predict(None, np.full((2, 40, 160), 255, np.uint8))) == 2

@@ -411,6 +411,16 @@ def test_a_champion_that_cannot_read_is_not_compared_with(project):
     assert (result["version"], result["promoted"]) == ("3", False)
 
 
+def test_a_champion_is_read_by_the_code_of_today(project):
+    new_champion(project, "lexicon.txt", lambda text: text)
+    code = project / "changed lexicon.txt" / "mlflow_model.py"
+    assert "class LineReader" in code.read_text(encoding="utf-8")
+    code.write_text("raise RuntimeError('of an earlier version')", encoding="utf-8")
+    result = registered(project)
+    assert result["champion_cer"] == result["candidate_cer"] is not None
+    assert (result["version"], result["promoted"]) == ("3", False)
+
+
 def test_a_champion_that_cannot_be_loaded_stays_and_the_new_version_is_kept(project, caplog):
     store = client(project)
     number = store.create_model_version("htr", source=(project / "nowhere").as_uri()).version

@@ -84,6 +84,9 @@ class LineReader(mlflow.pyfunc.PythonModel):
             files: network and charset, provenance; and settings, language_model and lexicon, without which lines are
                 read greedily and their confidences are not calibrated.
             network: the first of these, if it is loaded already.
+
+        Raises:
+            UserError: the network takes lines of another height than the settings say.
         """
         import keras
 
@@ -103,13 +106,19 @@ class LineReader(mlflow.pyfunc.PythonModel):
             self._language_model = load_language_model(files["language_model"])
             words = files["lexicon"].read_text(encoding="utf-8").split()
             self._lexicon = DecodingConfig(**settings["decoding"]).build_lexicon(words, charset)
-        self.image_config = ImageConfig(**recorded_settings(settings["features"]))
         self._decoding = settings["decoding"]
         self._calibrations = {
             decoder: {level: Calibration(**fitted) for level, fitted in levels.items()}
             for decoder, levels in settings["calibration"].items()
         }
         network = network or keras.models.load_model(files["network"], compile=False, safe_mode=True)
+        height = network.inputs[0].shape[-1]
+        self.image_config = ImageConfig(**({"height_pixels": height} | recorded_settings(settings["features"])))
+        if self.image_config.height_pixels != height:
+            raise UserError(
+                f"The settings beside the network are of lines {self.image_config.height_pixels} pixels high, and it "
+                f"takes lines of {height}: these files do not belong together. Copy all that lay beside the network."
+            )
         self._network = Network(network, charset, self._calibrations)
         return self
 
@@ -181,8 +190,13 @@ def _images(model_input: pd.DataFrame | Mapping[str, Any] | Iterable[Any]) -> li
             raise UserError("The columns have not equally many values: " + ", ".join(map(str, columns)) + ".")
         model_input = pd.DataFrame(columns)
     if not isinstance(model_input, pd.DataFrame):
-        is_image = isinstance(model_input, np.ndarray) and model_input.ndim == 2 and model_input.dtype == np.uint8
-        return [model_input] if is_image else _as_list(model_input)
+        is_array = isinstance(model_input, np.ndarray) and model_input.dtype == np.uint8
+        if is_array and model_input.ndim == 3 and model_input.shape[-1] in (3, 4):  # it would be a line for each row
+            raise UserError(
+                f"An array of shape {model_input.shape} looks like one image in colour. Expected (height, width) of "
+                "grey: give its mean over the last axis as uint8, or the file."
+            )
+        return [model_input] if is_array and model_input.ndim == 2 else _as_list(model_input)
     if "image" in model_input:
         return list(model_input["image"])
     if model_input.empty:  # of an empty list of records, which has no columns

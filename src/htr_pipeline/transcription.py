@@ -34,7 +34,7 @@ from htr_pipeline.io.exporters import (
 from htr_pipeline.io.features import line_images
 from htr_pipeline.io.importers import NewLinesConfig, import_lines, source_root
 from htr_pipeline.io.importers.lines import visible_files
-from htr_pipeline.io.starting_point import StartingPoint
+from htr_pipeline.io.starting_point import PROVENANCE, StartingPoint
 
 if TYPE_CHECKING:
     from htr_pipeline.mlflow_model import LineReader
@@ -174,6 +174,12 @@ def _load(model: StartingPoint, files: Mapping[str, Path]) -> "LineReader":
     """
     from htr_pipeline.mlflow_model import LineReader
 
+    if not {"settings", Path(PROVENANCE).stem} & files.keys():
+        logger.warning(
+            "%s: no %s says how the lines were made that this network was trained on. Lines are made with the defaults "
+            "of `features`; a network that learnt from others reads badly.",
+            model.name, PROVENANCE,
+        )  # fmt: skip
     try:
         return LineReader().load(files, model.model())
     except UserError:

@@ -99,6 +99,23 @@ def test_a_network_that_could_read_and_falls_silent_has_collapsed_after_two_wind
     assert kinds == ["learning", "learning", "plateau", "blank"]
 
 
+@pytest.mark.parametrize(
+    ("hypothesis", "kind"), [("e e e e e e e e", "few_characters"), ("xenil fo txet, htiw 31 srettel", "not_learning")]
+)
+def test_a_network_that_could_read_and_writes_something_else_has_collapsed_after_three_windows(hypothesis, kind):
+    lost = GOOD._replace(loss=160.0, edits=29, hypotheses=[hypothesis])
+    verdicts = watch([GOOD, GOOD, lost, lost, lost], CollapseMonitor(plateau_steps=20))
+    assert [verdict.kind for verdict in verdicts] == ["learning", "learning", "plateau", "plateau", kind]
+    assert "The network hardly reads, and the loss moves" in verdicts[2].sentence
+    assert "after it had read" in verdicts[4].sentence
+
+
+def test_a_network_that_has_just_begun_to_read_may_waver():
+    wavering = GOOD._replace(loss=110.0, edits=23)
+    steps = [GOOD._replace(edits=21), *[wavering] * 4, GOOD]
+    assert [verdict.kind for verdict in watch(steps)] == ["learning", *["plateau"] * 4, "learning"]
+
+
 def test_a_loss_above_guessing_or_far_above_the_lowest_has_exploded():
     guessing = 150 * math.log(81)
     assert watch([BLANK._replace(loss=guessing + 1.0)])[0].kind == "exploded"

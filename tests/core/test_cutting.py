@@ -161,6 +161,20 @@ def test_baseline_drawn_from_right_to_left_gives_the_same_line():
     np.testing.assert_array_equal(cut_line(grey, outline, baseline[::-1]), cut_line(grey, outline, baseline))
 
 
+@pytest.mark.parametrize(
+    "outline",
+    [
+        [[50, 120], [450, 120], *([x, 165 - 2 * (x // 20 % 2)] for x in range(450, 40, -20))],  # many points below
+        [[50, 130], [450, 130], [450, 170], [50, 170]],  # the baseline runs through the middle
+    ],
+)
+def test_points_below_the_baseline_do_not_turn_a_line_that_was_drawn_from_right_to_left(outline):
+    grey = page()
+    baseline = [[50, 150], [450, 150]]
+    draw_marks(grey, baseline)
+    np.testing.assert_array_equal(cut_line(grey, outline, baseline[::-1]), cut_line(grey, outline, baseline))
+
+
 def test_line_on_its_head_is_turned_by_its_baseline():
     grey = page()
     baseline = [[50, 150], [450, 150]]

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import cv2
@@ -11,6 +12,7 @@ from htr_pipeline.core.image import (
     ImageConfig,
     differing_settings,
     find_near_duplicates,
+    largest_width,
     normalise_line,
     num_frames,
     perceptual_hash,
@@ -48,6 +50,15 @@ def test_sixteen_bits_palettes_and_transparency_become_eight_bit_grey():
     assert np.all(read_image(file_bytes(Image.new("P", (5, 4), 0))) == 0)
     clear = Image.new("RGBA", (5, 4), (0, 0, 0, 0))
     assert np.all(read_image(file_bytes(clear)) == 255), "transparent is paper"
+
+
+@pytest.mark.parametrize("white", [1023, 4095, 16383, 65535])
+def test_white_of_images_of_16_bits_is_that_of_the_bits_that_they_use(white):
+    values = np.full((6, 30), white, np.uint16)
+    values[:, 10:14] = white // 3
+    for form in ("PNG", "TIFF"):
+        grey = read_image(file_bytes(Image.fromarray(values), form))
+        assert (grey.max(), grey.min()) == (255, 85)
 
 
 @pytest.mark.parametrize(("mode", "white"), [("F", 1.0), ("F", 255.0), ("I", 255.0), ("I", 65535.0)])
@@ -134,6 +145,9 @@ def test_aspect_is_kept_and_width_bounded():
     assert scaled_width(300, 64, config) == 150
     assert scaled_width(3000, 64, config) == 200
     assert scaled_width(1, 640, config) == 1
+    assert largest_width(200, 64, config) == 150
+    assert largest_width(300, 64, config) == 200, "no line is wider than max_width_pixels"
+    assert largest_width(200, 64, dataclasses.replace(config, even_size=False)) == 100
     assert normalise_line(strokes(3000), config).pixels.shape == (200, 32)
 
 
@@ -216,6 +230,37 @@ def test_letters_of_every_size_and_place_become_equally_high_and_stand_in_the_mi
     assert even_ratio < 1.35
     assert np.ptp([middle for _, middle in as_they_are]) > 20
     assert all(abs(middle - 34) < 3 for _, middle in even)
+
+
+def put(grey, text, baseline, scale=1.1, x=5):
+    cv2.putText(grey, text, (x, baseline), cv2.FONT_HERSHEY_SCRIPT_SIMPLEX, scale, 40, 2)
+    return grey
+
+
+def ink_at_the_left(grey, **settings):
+    pixels = normalise_line(grey, ImageConfig(deslant=False, **settings)).pixels
+    return pixels[: len(pixels) // 2].sum() / len(pixels) ** 2
+
+
+@pytest.mark.parametrize("text", ["nous avons bien recu", "a bientot", "fin."])
+@pytest.mark.parametrize("visible", [8, 14, 20, 26])
+@pytest.mark.parametrize("upside_down", [False, True])
+def test_a_strip_of_another_line_does_not_push_the_line_out_of_the_image(text, visible, upside_down):
+    paper = np.full((110, 1200), 235, np.uint8)
+    grey = put(put(paper, text, 90), "votre honoree lettre du quinze courant et", visible, x=610)
+    if upside_down:
+        grey = np.ascontiguousarray(grey[::-1])
+    assert ink_at_the_left(grey) > 0.7 * ink_at_the_left(grey, even_size=False)
+
+
+def test_a_line_with_a_drawing_or_a_large_initial_stays_whole():
+    hatched = put(np.full((140, 900), 235, np.uint8), "Figure", 130)
+    for x in range(460, 880, 9):
+        cv2.line(hatched, (x, 5), (x, 45), 40, 2)
+    initial = put(np.full((160, 1600), 235, np.uint8), "eginning of the chapter with text", 40, x=810)
+    cv2.putText(initial, "B", (5, 150), cv2.FONT_HERSHEY_SIMPLEX, 6, 40, 8)
+    for grey in (hatched, initial):
+        assert ink_at_the_left(grey) > 0.9 * ink_at_the_left(grey, even_size=False)
 
 
 def test_small_letters_are_enlarged_from_the_image_itself():

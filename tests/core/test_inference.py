@@ -13,6 +13,7 @@ from htr_pipeline.core.text import Charset, visual_text
 
 pytest.importorskip("keras")
 
+from htr_pipeline.core import inference
 from htr_pipeline.core.inference import Network
 from htr_pipeline.core.model import build_model
 
@@ -106,6 +107,26 @@ def test_lines_without_frames_or_without_text_are_read_as_empty(model, language_
         for reading in Network(model, CHARSET).decode(lines, setting, language_model):
             assert (reading.text, reading.characters) == ("", [])
             assert 0 <= reading.confidence <= 1
+
+
+def test_blanks_at_the_ends_and_beside_others_are_left_out_with_their_frames(model, language_model):
+    line = log_probs_of(" one  node ")
+    for decoder in ("greedy", "beam"):
+        reading = Network(model, CHARSET).decode([line], DecodingConfig(decoder=decoder), language_model)[0]
+        assert reading.text == "one node" == "".join(character for character, *_ in reading.characters)
+        assert [first for _, first, _, _ in reading.characters] == [2, 4, 6, 8, 12, 14, 16, 18]
+
+
+def test_lines_are_decoded_in_groups_that_memory_can_hold(model, language_model, monkeypatch):
+    texts = ["one", "a node", "dean", "no", "a dean and no end", "do", "one"]
+    lines = [log_probs_of(text) for text in texts]
+    network, sizes = Network(model, CHARSET), []
+    monkeypatch.setattr(inference, "_MOST_NUMBERS", 2 * lines[1].size)
+    decode = network._decode
+    monkeypatch.setattr(network, "_decode", lambda lines, *rest: sizes.append(len(lines)) or decode(lines, *rest))
+    readings = network.decode(lines, DecodingConfig(decoder="greedy"), language_model)
+    assert [reading.text for reading in readings] == texts
+    assert sizes == [2, 2, 1, 2]
 
 
 def test_three_looks_are_the_mean_of_a_line_as_it_is_and_moved_by_a_sixteenth(model):

@@ -1,4 +1,5 @@
 import json
+import time
 import zipfile
 
 import fontpkg
@@ -32,6 +33,17 @@ def test_network_and_charset_of_a_folder_are_read(tmp_path):
     before = start.content_hash()
     (tmp_path / "charset.json").write_text(Charset("abd").to_json(), encoding="utf-8")
     assert start.content_hash() != before
+
+
+def test_the_same_weights_saved_again_are_the_same_network_to_start_from(tmp_path):
+    start = saved(tmp_path, Charset("abc").to_json(), 4)
+    provenance = make_provenance(weights_hash(start.model()), Charset("abc").to_json(), {}, [], None)
+    (tmp_path / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
+    before, file = start.content_hash(), start.model_path.read_bytes()
+    time.sleep(1.1)  # Keras writes the time into the file, in seconds
+    saved(tmp_path, Charset("abc").to_json(), 4)
+    assert start.model_path.read_bytes() != file
+    assert start.content_hash() == before
 
 
 def test_provenance_holds_the_lines_of_all_networks_before(tmp_path):

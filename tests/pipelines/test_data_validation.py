@@ -110,7 +110,11 @@ def test_good_lines_pass_unchanged(tmp_path):
         ({"height_pixels": 1001, "width_pixels": 9000}, "height", "1001 pixels high"),
         ({"width_pixels": 7}, "width", "7 pixels wide, 8 to 20000"),
         ({"width_pixels": 5050}, "aspect", "101.0 times as wide as high, 100 is allowed"),
-        ({"text": "x" * 97}, "too_narrow", "97 characters need at least 193 frames, 400 x 50 pixels give 96"),
+        (
+            {"text": "x" * 97},
+            "too_narrow",
+            "97 characters need at least 193 frames, 400 x 50 pixels give 96, 144 at most if",
+        ),
         ({"line_id": "line01"}, "duplicate_id", "the id 'line01' belongs to another line too"),
         ({"content_hash": f"{1:064x}"}, "same_image_two_texts", "under 2 different texts"),
     ],
@@ -138,6 +142,10 @@ def test_text_that_just_fits_its_frames_passes(tmp_path):
     rows = good_lines()
     rows[6]["text"] = "ab" * 48  # 96 characters without repeats; 400 x 50 pixels give 96 frames at height 48
     assert validate(rows, tmp_path)[1].num_rows == 0
+    rows[6]["text"] = "ab" * 72  # as many frames as 96 become where small letters are enlarged
+    assert validate(rows, tmp_path)[1].num_rows == 0
+    rows[6]["text"] += "a"
+    assert validate(rows, tmp_path)[1]["reason"].to_pylist() == ["too_narrow"]
 
 
 def test_characters_outside_those_allowed_are_rejected_with_their_names(tmp_path):

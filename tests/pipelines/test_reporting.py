@@ -424,6 +424,14 @@ def test_lines_that_were_learnt_come_with_a_warning(inputs):
     assert "test lines were training lines of the network that this one started from" in text
 
 
+def test_a_training_that_collapsed_comes_with_a_warning(inputs):
+    rows = inputs["history"].to_pylist()
+    for verdict, words in (("exploded", "last judged as exploded. Lower training.learning_rate"), ("learning", None)):
+        rows[-1]["verdict"] = verdict
+        text = Page(render(inputs | {"history": to_table(rows, HISTORY, TRAINED)})).text_of["header"]
+        assert words in text if words else "last judged" not in text
+
+
 def test_splits_are_counted(html, inputs):
     rows = re.findall(r'<th scope="row">(train|validation|test|all)</th>(.*?)</tr>', html)
     counted = {split: [num_of(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for split, row in rows}

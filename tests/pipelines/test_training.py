@@ -1,6 +1,7 @@
 """Charset, language model and lexicon as the training pipeline makes them; the network: tests/core and test_run."""
 
 import json
+import math
 import re
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ from htr_pipeline.pipelines.training.nodes import (
     CheckpointConfig,
     _settings_of_weights,
     _TrainingProgress,
+    _warn_of_not_reading,
     build_network,
     collect_charset,
     collect_words,
@@ -80,6 +82,42 @@ def test_arpa_file_is_taken_instead_of_training(tmp_path):
     other.to_arpa(tmp_path / "other.arpa")
     found = train_language_model(Texts(), LanguageModelConfig(kind="word", arpa=str(tmp_path / "other.arpa")))
     assert found.score("quite another") == pytest.approx(other.score("quite another"), rel=1e-5)
+
+
+def test_words_of_an_arpa_file_are_known_beside_those_of_the_texts(tmp_path):
+    WordNGram.train(["a quite green forest,"], 2).to_arpa(tmp_path / "other.arpa")
+    settings = LanguageModelConfig(kind="word", arpa=str(tmp_path / "other.arpa"))
+    model = train_language_model(Texts(), settings)
+    words = collect_words(Texts(), settings, DecodingConfig(), model).split()
+    assert words == ["Verdun", "a", "forest", "green", "old", "quite", "road", "the", "to"]
+
+
+def test_what_an_arpa_file_does_not_know_is_said(tmp_path, caplog):
+    CharacterNGram.train(["the old road"], 2).to_arpa(tmp_path / "characters.arpa")
+    train_language_model(Texts(), LanguageModelConfig(arpa=str(tmp_path / "characters.arpa")))
+    assert "does not know 9 of the characters of the training texts: ( ) , 1 6 9 V n u. beam_lm will" in caplog.text
+    WordNGram.train(["quite another text"], 2).to_arpa(tmp_path / "words.arpa")
+    train_language_model(Texts(), LanguageModelConfig(kind="word", arpa=str(tmp_path / "words.arpa")))
+    assert "does not know 7 of the 7 words of the training texts, such as (old), 1916" in caplog.text
+
+
+def test_an_order_beside_a_file_is_refused():
+    with pytest.raises(UserError, match=r"language_model\.order = 3 beside language_model\.arpa"):
+        LanguageModelConfig(arpa="some.arpa", order=3)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "cer", "words"),
+    [
+        ("exploded", 0.99, "last judged as exploded. Lower training.learning_rate to a tenth"),
+        ("blank", math.nan, "last judged as blank. Run `kedro check-batch`"),
+        ("plateau", 0.95, "does not read yet. It made 700 steps"),
+        ("by_heart", 0.2, "reads its training lines better (CER 20 %) than others"),
+    ],
+)
+def test_a_network_that_does_not_read_comes_with_the_advice_for_what_was_seen(caplog, verdict, cer, words):
+    _warn_of_not_reading({"verdict": verdict, "train_cer": cer, "step": 700}, TrainingConfig())
+    assert words in caplog.text
 
 
 def test_file_of_words_is_taken_instead_of_the_texts(tmp_path):

@@ -23,6 +23,9 @@ _EMPTY_RATIO = 0.1
 _BAD_STEPS = 3
 # After the lowest loss a healthy run stays within a few per cent of it.
 _LOSS_RISE = 3.0
+# A network that has read does not lose it for so many windows with a loss so much above its lowest, unless by collapse.
+_UNREAD_WINDOWS = 3
+_UNREAD_RISE = 1.5
 _LOW_LOSS = 0.5  # nats a character; below it, as with a few lines known by heart, a loss may rise many times
 # Before clipping. Healthy runs have 10 to 200 and, with a batch of odd lines, some 1,000.
 _STEEP_GRADIENT = 3000.0
@@ -138,6 +141,7 @@ class CollapseMonitor:
     lowest_loss: float = math.inf
     had_read: bool = False
     empty_windows: int = 0  # one after the other
+    unread_windows: int = 0  # one after the other, since it had read
     bad_steps: int = 0  # one after the other
     kind: str = ""  # the last verdict
 
@@ -189,6 +193,7 @@ class CollapseMonitor:
         self.had_read = self.had_read or cer < READING_CER
         self.lowest_loss = min(loss, self.lowest_loss)
         self.empty_windows = self.empty_windows + 1 if ratio < _EMPTY_RATIO else 0
+        self.unread_windows = self.unread_windows + 1 if self.had_read and cer >= READING_CER else 0
 
         seen = (
             f"CER {cer:.0%}, {blank_share:.0%} of the frames blank, output {ratio:.0%} as long as the texts, "
@@ -219,19 +224,21 @@ class CollapseMonitor:
         too_wide = f"The lines have {frames:.0f} frames for each character instead of 3 to 10"
         is_too_wide = frames > _MOST_FRAMES_PER_CHARACTER
         fell_silent = self.had_read and self.empty_windows >= 2
-        if not (fell_silent or self._stands_still()):
+        forgot = self.unread_windows >= _UNREAD_WINDOWS and loss > _UNREAD_RISE * lowest
+        if not (fell_silent or forgot or self._stands_still()):
             hint = f". {too_wide}, which may be why" if is_too_wide else ""
-            return verdict("plateau", f"The network does not read yet, and the loss moves{hint}")
+            reads = "hardly reads" if self.had_read else "does not read yet"
+            return verdict("plateau", f"The network {reads}, and the loss moves{hint}")
+        since = " after it had read" if fell_silent or forgot else ""
         if is_too_wide:
             return verdict("padded_widths", too_wide)
         if ratio < _EMPTY_RATIO:
             what = "writes hardly anything but blanks" if not written else "writes a character or so and then blanks"
-            return verdict("blank", f"The network {what}" + (" after it had read" if fell_silent else ""))
+            return verdict("blank", f"The network {what}{since}")
         if written <= max(expected // 5, 2):
-            return verdict("few_characters", "The network writes the same few characters for every line")
-        return verdict(
-            "not_learning", "The network writes, but not what stands in the lines, and the loss stands still"
-        )
+            return verdict("few_characters", f"The network writes the same few characters for every line{since}")
+        how = since or ", and the loss stands still"
+        return verdict("not_learning", f"The network writes, but not what stands in the lines{how}")
 
     def _stands_still(self) -> bool:
         if len(self.losses) < _WINDOWS:

@@ -20,6 +20,7 @@ _ABOVE, _BELOW = 0.75, 0.35
 _USUAL_LINES = 30
 # A polygon without a baseline is turned upright only if it is this many times as long as high: the direction of a
 # shorter one says nothing about its writing.
+_LEAST_ABOVE = 0.1  # how far above a baseline the middle of a polygon is at least, share of its height
 _MIN_ELONGATION = 3.0
 _MARGIN_PIXELS = 2
 # How far a single flourish may rise or fall beyond the polygon's usual border, in mean heights of the polygon. More
@@ -183,14 +184,21 @@ def _plan(outline: np.ndarray, baseline: Points | None) -> _Grid:
 
 
 def _oriented(baseline: np.ndarray, outline: np.ndarray) -> np.ndarray:
-    """The baseline in reading direction."""
+    """The baseline in reading direction.
+
+    One that was drawn from right to left is of a line that stands on its head if most of the polygon is above it as it
+    was drawn, else of one that was drawn from its end.
+    """
     turned = _left_to_right(baseline)
-    if turned is baseline:
-        return baseline
+    moments = cv2.moments(outline.astype(np.float32))
+    if turned is baseline or abs(moments["m00"]) < 1:
+        return turned
+    centroid = np.array([moments["m10"], moments["m01"]]) / moments["m00"]
     chord = baseline[-1] - baseline[0]
-    middle = outline.mean(axis=0) - baseline.mean(axis=0)
-    on_its_head = chord[0] * middle[1] - chord[1] * middle[0] < 0  # most of the polygon is above it as it was drawn
-    return baseline if on_its_head else turned
+    offset = centroid - _resample(baseline, _length(baseline) / 64).mean(axis=0)
+    above = (chord[1] * offset[0] - chord[0] * offset[1]) / np.linalg.norm(chord)
+    mean_height = abs(moments["m00"]) / _length(baseline)
+    return baseline if above > _LEAST_ABOVE * mean_height else turned
 
 
 def _left_to_right(baseline: np.ndarray) -> np.ndarray:

@@ -24,14 +24,20 @@ MAX_IMAGE_PIXELS = 100_000_000
 MAX_IMAGE_SIDE = 65_500  # the most that JPEG can have
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
 # Raised when the same image and the same settings give other pixels than before, here or in core/cutting.py.
-_NORMALISATION_VERSION = 6
+_NORMALISATION_VERSION = 7
 _PIXELS_AT_A_TIME = 4_000_000  # that are brought to grey together
 _MAX_FRAMES = 100  # of a TIFF, that are looked at
+_WHITES_OF_16_BITS = (1023.0, 4095.0, 16383.0, 65535.0)
 _ANGLES = np.arange(-45, 50, 5)  # degrees of slant that are told apart
 _SPREAD = 5 / 64  # of the rows that hold letters, share of the height: about what the lines of copiste_fr have
 _SPREAD_TRUST = 0.6  # share of the difference to it, in logarithms, that is taken away: capitals spread too
 _SCALES = (0.75, 1.5)
 _MIDDLE = 0.53  # where the middle of the letters is put, share of the height
+_MAX_CUT_OFF = 0.1  # share of a line's ink that may get lost by that
+_MAX_LETTERS_CUT_OFF = 0.08  # rows with the strokes of letters that may, share of the height
+_STROKES_OF_LETTERS = 5.0  # along a row; ascenders and descenders have fewer
+_SHARE_OF_STRIP = 0.15  # of its strongest row: with less, what reaches in at an edge has ended
+_FAINT_STROKE = 1.0  # along a row: it begins and ends
 _SAUVOLA_WEIGHT = 0.2  # of the local contrast in the threshold
 _SAUVOLA_RANGE = 0.5  # largest standard deviation of brightness from 0 to 1
 # read_image has a limit of its own, with an error instead of a warning.
@@ -148,14 +154,15 @@ def _to_grey(image: Image.Image, name: str) -> np.ndarray:
 def _white(image: Image.Image, name: str) -> float | None:
     """What white is in an image of more than 8 bits a pixel; None for one of 8 bits.
 
-    32 bits and floating point have no white of their own: it is 1, 255 or 65535, the least that holds the values but
-    for a little that resampling or sharpening adds.
+    16 bits may hold the 10, 12 or 14 of a camera: white is the least of their largest values that no pixel exceeds. 32
+    bits and floating point have no white of their own: it is 1, 255 or 65535, the least that holds the values but for a
+    little that resampling or sharpening adds.
     """
-    if image.mode.startswith("I;16"):
-        return 65535.0
-    if image.mode not in ("I", "F"):
+    if not image.mode.startswith("I;16") and image.mode not in ("I", "F"):
         return None
     lowest, highest = cast(tuple[float, float], image.getextrema())  # one band
+    if image.mode.startswith("I;16"):
+        return next(white for white in _WHITES_OF_16_BITS if highest <= white)
     for white in (1.0, 255.0, 65535.0):
         if -0.25 * white <= lowest and highest <= 1.25 * white:
             return white
@@ -227,6 +234,12 @@ def scaled_width(width_pixels: int, height_pixels: int, config: ImageConfig) -> 
     """Width of a line after scaling to the configured height with its aspect kept."""
     width = round(width_pixels * config.height_pixels / height_pixels)
     return min(max(width, 1), config.max_width_pixels)
+
+
+def largest_width(width_pixels: int, height_pixels: int, config: ImageConfig) -> int:
+    """The width of a line that a look at its pixels cannot exceed: that of one whose letters are small."""
+    enlarged = round(width_pixels * _SCALES[1]) if config.even_size else width_pixels
+    return scaled_width(enlarged, height_pixels, config)
 
 
 def num_frames(width_pixels: Any) -> Any:
@@ -323,21 +336,46 @@ def _size_of_letters(ink: np.ndarray) -> tuple[float, float]:
     """The scale that brings the letters to their usual height, and the row of their middle.
 
     Rows count by the square of how often ink begins and ends along them: many times where small letters are, seldom
-    among ascenders, and hardly along a ruled line.
+    among ascenders, and hardly along a ruled line. Where much of the line would then be cut off, as with a large
+    initial, it stays as it is.
 
     Source: the idea of Kozielski, Forster and Ney, Moment-based image normalization for handwritten text recognition
         (ICFHR 2012), with strokes in place of ink.
     """
     height = len(ink)
-    weights = np.square(np.abs(np.diff(np.where(ink > 0.2, ink, 0.0), axis=1)).sum(axis=1, dtype=np.float64))
+    clear = np.where(ink > 0.2, ink, 0.0)
+    strokes = _without_neighbours(np.abs(np.diff(clear, axis=1)).sum(axis=1, dtype=np.float64))
+    weights = np.square(strokes)
     total = weights.sum()
+    as_it_is = 1.0, _MIDDLE * height
     if total == 0:
-        return 1.0, _MIDDLE * height
+        return as_it_is
     rows = np.arange(height) + 0.5
     middle = float(weights @ rows) / total
     spread = math.sqrt(float(weights @ np.square(rows - middle)) / total)
     scale = (_SPREAD * height / max(spread, 1.0)) ** _SPREAD_TRUST
-    return min(max(scale, _SCALES[0]), _SCALES[1]), middle
+    scale = min(max(scale, _SCALES[0]), _SCALES[1])
+    top = middle - _MIDDLE * height / scale
+    is_cut_off = (rows < top) | (rows > top + height / scale)
+    own_ink = np.where(strokes > 0, clear.sum(axis=1, dtype=np.float64), 0.0)
+    loses_ink = own_ink[is_cut_off].sum() > _MAX_CUT_OFF * own_ink.sum()
+    loses_letters = np.count_nonzero(strokes[is_cut_off] >= _STROKES_OF_LETTERS) > _MAX_LETTERS_CUT_OFF * height
+    return as_it_is if loses_ink or loses_letters else (scale, middle)
+
+
+def _without_neighbours(strokes: np.ndarray) -> np.ndarray:
+    """Strokes along each row of a line, without those at an edge that reach in from the line above or below.
+
+    Such a strip goes to the edge, ends within a third of the height, and holds fewer rows than what lies behind it.
+    """
+    own = strokes.copy()
+    for rows in (own, own[::-1]):
+        third = rows[: len(rows) // 3]
+        least = _SHARE_OF_STRIP * third.max(initial=0.0)
+        end = int(np.argmax(third < least))  # 0: the strip is higher, or there is none
+        if end and np.count_nonzero(rows[end:] >= _FAINT_STROKE) > end:
+            rows[:end] = 0.0
+    return own
 
 
 def _placed(ink: np.ndarray, top: int, height: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The trained network applied: line images to log-probabilities, log-probabilities to text."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,8 @@ from htr_pipeline.core.text import Charset, visual_order
 
 # Of these best readings of a line, the share of the first tells how clearly a language model decided for it.
 _READINGS_COMPARED = 10
+# That are decoded together, in float32 and float64: with thousands of characters, some hundred lines fill the memory.
+_MOST_NUMBERS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,19 @@ class Network:
             language_model: for beam_lm; knows texts in visual order.
             lexicon: for beam_lm, as decoding.build_lexicon makes it.
         """
-        if not log_probs:
-            return []
+        return [
+            reading
+            for group in _groups(log_probs, _MOST_NUMBERS)
+            for reading in self._decode(group, decoding, language_model, lexicon)
+        ]
+
+    def _decode(
+        self,
+        log_probs: Sequence[np.ndarray],
+        decoding: DecodingConfig,
+        language_model: CharacterNGram | WordNGram | None,
+        lexicon: Lexicon | None,
+    ) -> list[Reading]:
         length = np.array([len(frames) for frames in log_probs], np.int32)
         padded = np.zeros((len(log_probs), length.max(), self._charset.num_classes), np.float32)
         for row, frames in enumerate(log_probs):
@@ -140,9 +153,16 @@ class Network:
         written = "".join(self._charset.characters[label] for label in best.labels)
         confidences = of_characters(best.confidences).tolist()
         characters = list(zip(written, *best.frame_spans.T.tolist(), confidences, strict=True))
-        characters = [characters[place] for place in visual_order(written)]
+        characters = _single_blanks([characters[place] for place in visual_order(written)])
         text = "".join(character for character, *_ in characters)
         return Reading(text, float(of_line(line_confidence(best) * _share_of_first(hypotheses))), characters)
+
+
+def _single_blanks(characters: list[tuple[str, int, int, float]]) -> list[tuple[str, int, int, float]]:
+    """Without blanks at the ends and beside others, as texts are that networks learn from and are measured on."""
+    before = [" ", *(character for character, *_ in characters)]
+    kept = [found for found, last in zip(characters, before, strict=False) if not found[0] == last == " "]
+    return kept[:-1] if kept and kept[-1][0] == " " else kept
 
 
 def _looks(pixels: np.ndarray, looks: int) -> list[np.ndarray]:
@@ -153,6 +173,18 @@ def _looks(pixels: np.ndarray, looks: int) -> list[np.ndarray]:
     rows = round(height / 16)
     on_paper = np.pad(pixels, ((0, 0), (0, 0), (rows, rows)))
     return [pixels, on_paper[..., 2 * rows :], on_paper[..., :height]]
+
+
+def _groups(log_probs: Sequence[np.ndarray], most: int) -> Iterator[Sequence[np.ndarray]]:
+    """Neighbouring lines that come to at most so many numbers together once they are padded, but always one."""
+    start, longest = 0, 0
+    for end, frames in enumerate(log_probs):
+        longest = max(longest, frames.size)
+        if end > start and (end + 1 - start) * longest > most:
+            yield log_probs[start:end]
+            start, longest = end, frames.size
+    if start < len(log_probs):
+        yield log_probs[start:]
 
 
 def _share_of_first(hypotheses: list[Hypothesis]) -> float:

@@ -132,3 +132,15 @@ class LanguageModelConfig:
     texts: str | None = setting(default=None)  # folder of more texts: .txt files, UTF-8, learnt from line by line
     arpa: str | None = setting(default=None)  # a model of that kind as ARPA file, taken instead of training one
     space_token: str = setting(default="<space>")  # how the ARPA file writes the blank
+
+    def __post_init__(self) -> None:
+        """Refuses what would do nothing.
+
+        Raises:
+            UserError: an order is given for a model that is not trained here.
+        """
+        if self.arpa and self.order is not None:
+            raise UserError(
+                f"language_model.order = {self.order} beside language_model.arpa: the model of a file has the order of "
+                "that file. Leave one of the two out."
+            )

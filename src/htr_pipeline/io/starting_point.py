@@ -130,8 +130,9 @@ class StartingPoint:
         return {}
 
     def content_hash(self) -> str:
-        """Hash of both files."""
-        return hashlib.sha256(self.model_path.read_bytes() + self.charset_path.read_bytes()).hexdigest()
+        """Hash of weights and charset; without provenance, which knows the weights, of the file, which has a date."""
+        weights = self.provenance().get("model_hash") or hashlib.sha256(self.model_path.read_bytes()).hexdigest()
+        return hashlib.sha256(weights.encode() + self.charset_path.read_bytes()).hexdigest()
 
 
 def charset_hash(charset: str) -> str:

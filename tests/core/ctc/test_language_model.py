@@ -465,6 +465,16 @@ def test_texts_shorter_than_the_order_survive_saving_and_arpa():
     assert CharacterNGram.from_arpa(arpa_of(model).splitlines()).score("a") == pytest.approx(model.score("a"), abs=1e-5)
 
 
+@pytest.mark.parametrize("space_token", ["<unk>", "<UNK>", "<s>", "</s>"])
+def test_blank_cannot_have_the_name_of_something_else(tmp_path, space_token):
+    model = CharacterNGram.train(["a b"], 2)
+    with pytest.raises(ValueError, match=f"space_token = '{space_token}' is what ARPA calls something else"):
+        model.to_arpa(tmp_path / "model.arpa", space_token=space_token)
+    assert not (tmp_path / "model.arpa").exists()
+    with pytest.raises(ValueError, match="is what ARPA calls something else"):
+        CharacterNGram.from_arpa(arpa_of(model).splitlines(), space_token=space_token)
+
+
 @pytest.mark.parametrize("space_token", ["<space>", "▁", "|"])
 def test_blank_of_a_character_model_has_a_name_in_arpa(space_token):
     model = CharacterNGram.train(["a b", "b a"], 2)

@@ -246,8 +246,9 @@ class _NGram(abc.ABC):
 
         Raises:
             ValueError: the file is malformed; says where. Its header is only compared, never used to reserve memory. Or
-                its model is of the other kind.
+                its model is of the other kind, or space_token is one of <unk>, <s> and </s>.
         """
+        _check_space_token(space_token)
         with contextlib.ExitStack() as stack:
             lines: Iterable[str] = source  # type: ignore[assignment]
             if isinstance(source, str | os.PathLike):
@@ -293,6 +294,7 @@ class _NGram(abc.ABC):
             ValueError: a token cannot be written: it has white space, is no UTF-8, or would be read as another one. Or
                 the model, read from a file, has probabilities above 1.
         """
+        _check_space_token(space_token)
         tokens = self.vocabulary[len(_SPECIAL) :]
         names = [space_token if token == " " else token for token in tokens]
         wrong = [
@@ -835,6 +837,11 @@ def _opened(file: File, mode: str) -> Iterator[IO[Any]]:
             io.TextIOWrapper(unpacked, encoding="utf-8", errors=errors, newline="\n") as stream,
         ):
             yield stream
+
+
+def _check_space_token(space_token: str) -> None:
+    if space_token in (*_SPECIAL, "<UNK>"):
+        raise ValueError(f"space_token = {space_token!r} is what ARPA calls something else: expected another name.")
 
 
 def _checked_texts(texts: Iterable[str]) -> list[str]:

@@ -201,8 +201,9 @@ def line_checks(config: ValidationConfig) -> list[Check]:
             lambda gxe: gxe.ExpectColumnValuesToBeBetween(column="spare_frames", min_value=0),
             lambda line: (
                 f"{line['place']}: {len(line['text'])} characters need at least {line['required_frames']} "
-                f"frames, {line['width_pixels']} x {line['height_pixels']} pixels give {line['frames']}. Is it the "
-                "text of this image? If so, raise features.height_pixels, or remove the line."
+                f"frames, {line['width_pixels']} x {line['height_pixels']} pixels give {line['frames']}"
+                f"{_if_enlarged(line)}. Is it the text of this image? If so, raise features.height_pixels, or remove "
+                "the line."
             ),
         ),
         Check(
@@ -291,6 +292,11 @@ def line_checks(config: ValidationConfig) -> list[Check]:
             ),
         ),
     ]
+
+
+def _if_enlarged(line: Mapping[str, Any]) -> str:
+    """Whether small letters, which are enlarged, might have made room."""
+    return f", {line['most_frames']} at most if its letters are small" if line["most_frames"] > line["frames"] else ""
 
 
 def set_checks() -> list[Check]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from htr_pipeline.core.characters import describe_characters, is_debris, is_invisible, look_alike_words, plain_form
-from htr_pipeline.core.image import ImageConfig, find_near_duplicates, num_frames, scaled_width
+from htr_pipeline.core.image import ImageConfig, find_near_duplicates, largest_width, num_frames, scaled_width
 from htr_pipeline.core.splits import FEWEST_WRITERS
 from htr_pipeline.core.text import required_frames
 from htr_pipeline.io.manifest import id_prefixes
@@ -48,8 +48,9 @@ def collect_facts(lines: pa.Table, config: ValidationConfig, image_config: Image
         (the same, or the line's id where the image is a page); empty text where there is nothing to find:
         unknown_characters, invisible_characters, mixed_forms, look_alikes, rare_characters, untrained_characters (words
         for what the text has of them), same_image, near_image (id of the earlier line), other_page (page of another
-        split with the same text); numbers: aspect, frames, required_frames, spare_frames, texts_of_image,
-        width_per_character (in line heights) and width_deviation (in standard deviations from the writer's norm).
+        split with the same text); numbers: aspect, frames, most_frames (where small letters are enlarged),
+        required_frames, spare_frames (of the most), texts_of_image, width_per_character (in line heights) and
+        width_deviation (in standard deviations from the writer's norm).
         writer_splits names the splits of the line's writer, page_splits those of its page.
     """
     frame = lines.select(_COLUMNS).to_pandas().rename(columns={"image_path": "file"})
@@ -61,10 +62,11 @@ def collect_facts(lines: pa.Table, config: ValidationConfig, image_config: Image
 
     height = frame["height_pixels"].clip(lower=1)
     frame["aspect"] = frame["width_pixels"] / height
-    widths = (scaled_width(*size, image_config) for size in zip(frame["width_pixels"], height, strict=True))
-    frame["frames"] = num_frames(np.fromiter(widths, np.int64, len(frame)))
+    for name, width_of in (("frames", scaled_width), ("most_frames", largest_width)):
+        widths = (width_of(*size, image_config) for size in zip(frame["width_pixels"], height, strict=True))
+        frame[name] = num_frames(np.fromiter(widths, np.int64, len(frame)))
     frame["required_frames"] = np.fromiter(map(required_frames, _strings(lines["text"])), np.int64, len(frame))
-    frame["spare_frames"] = frame["frames"] - frame["required_frames"]
+    frame["spare_frames"] = frame["most_frames"] - frame["required_frames"]
     _add_width_deviation(frame)
 
     # By numbers: as text, the hashes of a million lines would be a million Python strings.

@@ -18,13 +18,14 @@ import pyarrow.compute as pc
 from PIL import Image
 
 import htr_pipeline
+from htr_pipeline.core.collapse import READING_CER
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.image import ImageConfig, differing_settings, pixel_settings
 from htr_pipeline.core.metrics import score_lines
 from htr_pipeline.core.recipe import DecodingConfig
 from htr_pipeline.io.features import FeatureShards, line_images
 from htr_pipeline.io.manifest import SPLITS, image_roots
-from htr_pipeline.io.starting_point import PROVENANCE, num_learnt
+from htr_pipeline.io.starting_point import PROVENANCE, StartingPoint, num_learnt
 from htr_pipeline.io.tracking import database_of, without_passwords
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,11 @@ def register_model(
             "If it is to be the champion all the same: mlflow.MlflowClient().set_registered_model_alias(%r, %r, %r)",
             registration.model_name, registration.alias, number,
         )  # fmt: skip
+    if promoted and cer > READING_CER:
+        logger.warning(
+            "%s version %s hardly reads (CER %.0f %%), and is champion for want of a better one.",
+            registration.model_name, number, 100 * cer,
+        )  # fmt: skip
     return {
         "name": registration.model_name,
         "version": number,
@@ -202,7 +208,7 @@ def _champion_cer(
     Returns:
         The CER, or None and why there is none.
     """
-    import mlflow
+    from htr_pipeline.mlflow_model import LineReader
 
     split = metrics["headline"]["split"]
     most_learnt = _MOST_LEARNT * metrics["splits"][split][metrics["headline"]["decoder"]]["num_lines"]
@@ -219,28 +225,40 @@ def _champion_cer(
             f"The {split} lines of the manifest are not those that the new model was measured on: the champion cannot "
             "be measured on them. Bring all up to date: kedro run --from-nodes extract_features"
         )
-    images = (_png(grey) for _, grey in line_images(lines.to_pylist(), image_roots(manifest)))
+
+    def unable(exc: Exception) -> tuple[None, str]:  # the new model is worth keeping anyhow
+        return (
+            None,
+            f"version {champion.version} stays champion, but could not read lines, from {champion.source} ({exc})",
+        )
+
+    try:
+        # By the code of today, which knows what older records of settings mean: that of the champion's time, loaded
+        # into this process, would find today's modules in place of its own.
+        files = StartingPoint.find(f"models:/{champion.name}/{champion.version}", "The champion")
+        reader = LineReader().load(files.files(), files.model())
+        decoding = reader.decoding()
+    except Exception as exc:  # files that are gone, libraries that do not fit
+        return unable(exc)
+    hashes = features.content_hashes()
+    num = num_learnt(reader.provenance, hashes[split], hashes["train"])
+    images = (grey for _, grey in line_images(lines.to_pylist(), image_roots(manifest)))
     texts: list[str | None] = []
     try:
-        reader = mlflow.pyfunc.load_model(f"models:/{champion.name}/{champion.version}")
-        provenance = getattr(reader.unwrap_python_model(), "provenance", {})
-        hashes = features.content_hashes()
-        num = num_learnt(provenance, hashes[split], hashes["train"])
         while num <= most_learnt and (some := list(islice(images, _LINES_AT_A_TIME))):
-            texts += reader.predict(pd.DataFrame({"image": some}))["text"].tolist()
+            texts += [text for text, _, _ in reader.read(some, decoding)]
     except UserError:  # an image that is gone is no fault of the champion
         raise
-    except Exception as exc:  # files that are gone, libraries that do not fit: the new model is worth keeping anyhow
-        problem = f"version {champion.version} stays champion, but could not read lines, from {champion.source} ({exc})"
-        return None, problem
+    except Exception as exc:
+        return unable(exc)
     if num > most_learnt:
         return None, (
             f"version {champion.version} stays champion, but was trained on {num} of the {len(lines)} {split} lines, "
             "so that the two cannot be compared on them"
         )
-    if unread := sum(not isinstance(text, str) for text in texts):  # None, or pandas' NaN
+    if unread := texts.count(None):
         logger.warning("The champion could not read %d of the lines, which count as empty.", unread)
-    return score_lines(lines["text"].to_pylist(), [text if isinstance(text, str) else "" for text in texts]).cer, None
+    return score_lines(lines["text"].to_pylist(), [text or "" for text in texts]).cer, None
 
 
 def _reason(cer: float, champion_cer: float | None, champion: Any | None, split: str) -> str:

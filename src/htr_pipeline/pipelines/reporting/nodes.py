@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from htr_pipeline.core.collapse import ADVICE, HEALTHY
 from htr_pipeline.core.config import config, setting
 from htr_pipeline.core.metrics import align, confusions
 from htr_pipeline.io.features import FeatureShards
@@ -169,6 +170,9 @@ def _warnings(
             f"The {split} lines are by {len(writers)} writers only: the interval is over lines and says little of "
             "others."
         )
+    for epoch in history.to_pylist()[-1:]:
+        if (verdict := epoch.get("verdict")) and verdict not in HEALTHY:
+            warnings.append(f"The training was last judged as {verdict}. {ADVICE[verdict]}")
     if learnt := metrics["learnt_lines"][split]:
         warnings.append(
             f"{learnt} of the {len(lines)} {split} lines were training lines of the network that this one started "

@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +22,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.batching import Line
-from htr_pipeline.core.collapse import ADVICE, READING_CER
+from htr_pipeline.core.collapse import ADVICE, HEALTHY, READING_CER
 from htr_pipeline.core.config import UserError, config, setting
+from htr_pipeline.core.ctc.language_model import END
 from htr_pipeline.core.ctc.lexicon import bare_word
 from htr_pipeline.core.image import differing_settings
-from htr_pipeline.core.recipe import DEFAULT_SIZE, DecodingConfig, LanguageModelConfig, ModelConfig, TrainingConfig
+from htr_pipeline.core.recipe import (
+    DEFAULT_SIZE,
+    DecodingConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    TrainingConfig,
+    unusual_rate,
+)
 from htr_pipeline.core.text import Charset, visual_text
 from htr_pipeline.io.checkpoints import FileCheckpoints, stored_settings
 from htr_pipeline.io.features import FeatureShards
@@ -43,6 +51,7 @@ _MOST_CHECKED_PIXELS = 20_000
 _NOT_OF_WEIGHTS = ("checkpoint_seconds", "max_bad_batches", "on_collapse", "patience", "start_from")
 # Of the MLflow run: how the same few validation lines are read after each epoch.
 _SAMPLES = "samples.json"
+_MANY_UNKNOWN_WORDS = 0.5  # of the words of the training texts, by a language model of words from a file
 
 
 @config("checkpoint")
@@ -101,6 +110,7 @@ def train_language_model(features: FeatureShards, language_model: LanguageModelC
                 "%s has no %r, so the model knows no blanks. language_model.space_token says how it writes them.",
                 language_model.arpa, language_model.space_token,
             )  # fmt: skip
+        _warn_of_unknown_tokens(features, language_model, set(model.vocabulary))
         if any(visual_text(text) != text for text in _training_texts(features)):
             logger.warning(
                 "There are texts from right to left, whose language model is one of texts in visual order "
@@ -116,8 +126,13 @@ def train_language_model(features: FeatureShards, language_model: LanguageModelC
     return model
 
 
-def collect_words(features: FeatureShards, language_model: LanguageModelConfig, decoding: DecodingConfig) -> str:
-    """Features → lexicon: the words of the file, or of the texts of the language model; one a line, in order."""
+def collect_words(
+    features: FeatureShards, language_model: LanguageModelConfig, decoding: DecodingConfig, model: Any = None
+) -> str:
+    """Features → lexicon: the words of the file, or those that the language model knows; one a line, in order.
+
+    These are the words of its texts, and of an ARPA file of words those of the file too.
+    """
     if decoding.lexicon_words:
         known = Charset.from_texts(_training_texts(features))
         words = set(filter(None, map(bare_word, known.normalised(_read_text(Path(decoding.lexicon_words))).split())))
@@ -125,8 +140,34 @@ def collect_words(features: FeatureShards, language_model: LanguageModelConfig, 
             raise UserError(f"decoding.lexicon_words = {decoding.lexicon_words!r}: there is no word in this file.")
     else:
         texts = _known_texts(features, language_model)
+        if language_model.arpa and language_model.kind == "word":
+            texts += model.vocabulary[END + 1 :]
         words = {bare for text in texts for bare in map(bare_word, text.split()) if bare}
     return "".join(f"{word}\n" for word in sorted(words))
+
+
+def _warn_of_unknown_tokens(
+    features: FeatureShards, language_model: LanguageModelConfig, vocabulary: Collection[str]
+) -> None:
+    """What the model of a file does not know is hardly ever read, and nothing else would say so."""
+    texts = _training_texts(features)
+    if language_model.kind == "character":
+        # The blank has a warning of its own.
+        if unknown := sorted(set("".join(texts)).difference(vocabulary, " ")):
+            logger.warning(
+                "%s does not know %d of the characters of the training texts: %s. beam_lm will hardly write them. Is "
+                "the file of another Unicode form (source.unicode_form), or of other texts?",
+                language_model.arpa, len(unknown), " ".join(unknown[:20]),
+            )  # fmt: skip
+    else:
+        words = {word for text in texts for word in text.split()}
+        unknown = sorted(words.difference(vocabulary))
+        if len(unknown) > _MANY_UNKNOWN_WORDS * len(words):
+            logger.warning(
+                "%s does not know %d of the %d words of the training texts, such as %s. Its words have to be what "
+                "stands between blanks, with their punctuation.",
+                language_model.arpa, len(unknown), len(words), ", ".join(unknown[:5]),
+            )  # fmt: skip
 
 
 def _training_texts(features: FeatureShards) -> list[str]:
@@ -261,7 +302,11 @@ def _settings_of_weights(
 
 def _warn_of_not_reading(last_epoch: dict[str, Any], training: TrainingConfig) -> None:
     """Says why the best network does not read validation lines, and what to try."""
-    if last_epoch["train_cer"] < READING_CER:
+    verdict = last_epoch["verdict"]
+    if verdict not in (*HEALTHY, "by_heart"):
+        advice = ADVICE[verdict] + unusual_rate(training)
+        logger.warning("The network does not read: its training was last judged as %s. %s", verdict, advice)
+    elif last_epoch["train_cer"] < READING_CER:
         logger.warning(
             "The network reads its training lines better (CER %.0f %%) than others. %s",
             100 * last_epoch["train_cer"], ADVICE["by_heart"],
@@ -522,6 +567,7 @@ def _log_epoch(row: dict[str, Any]) -> None:
 
     figures = {k: v for k, v in row.items() if k not in ("epoch", "step", "verdict")}
     mlflow.log_metrics(figures, step=int(row["step"]))
+    mlflow.set_tag("training_state", row["verdict"])
 
 
 def _logged_samples() -> list[dict[str, Any]]:

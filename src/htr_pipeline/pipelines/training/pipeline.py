@@ -29,7 +29,7 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 collect_words,
-                ["features", "params:language_model", "params:decoding"],
+                ["features", "params:language_model", "params:decoding", "language_model"],
                 "lexicon",
                 name="collect_words",
             ),
