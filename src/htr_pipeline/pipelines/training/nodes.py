@@ -24,7 +24,6 @@ from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.batching import Line
 from htr_pipeline.core.collapse import ADVICE, HEALTHY, READING_CER
 from htr_pipeline.core.config import UserError, config, setting
-from htr_pipeline.core.ctc.language_model import END
 from htr_pipeline.core.ctc.lexicon import bare_word
 from htr_pipeline.core.image import differing_settings
 from htr_pipeline.core.recipe import (
@@ -141,6 +140,8 @@ def collect_words(
     else:
         texts = _known_texts(features, language_model)
         if language_model.arpa and language_model.kind == "word":
+            from htr_pipeline.core.ctc.language_model import END
+
             texts += model.vocabulary[END + 1 :]
         words = {bare for text in texts for bare in map(bare_word, text.split()) if bare}
     return "".join(f"{word}\n" for word in sorted(words))
