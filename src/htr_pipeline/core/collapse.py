@@ -23,10 +23,11 @@ _EMPTY_RATIO = 0.1
 _BAD_STEPS = 3
 # After the lowest loss a healthy run stays within a few per cent of it.
 _LOSS_RISE = 3.0
-# A network that has read does not lose it for so many windows with a loss so much above its lowest, unless by collapse.
+_LOW_LOSS = 0.5  # nats a character; below it, as with a few lines known by heart, a loss may rise many times
+# So many windows without reading, at so many times the lowest loss: a network that has just begun to read wavers, but
+# its loss does not rise.
 _UNREAD_WINDOWS = 3
 _UNREAD_RISE = 1.5
-_LOW_LOSS = 0.5  # nats a character; below it, as with a few lines known by heart, a loss may rise many times
 # Before clipping. Healthy runs have 10 to 200 and, with a batch of odd lines, some 1,000.
 _STEEP_GRADIENT = 3000.0
 _STEEP_SHARE = 0.1

@@ -20,8 +20,8 @@ _ABOVE, _BELOW = 0.75, 0.35
 _USUAL_LINES = 30
 # A polygon without a baseline is turned upright only if it is this many times as long as high: the direction of a
 # shorter one says nothing about its writing.
-_LEAST_ABOVE = 0.1  # how far above a baseline the middle of a polygon is at least, share of its height
 _MIN_ELONGATION = 3.0
+_LEAST_ABOVE = 0.1  # how far above a baseline the middle of a polygon is at least, share of its height
 _MARGIN_PIXELS = 2
 # How far a single flourish may rise or fall beyond the polygon's usual border, in mean heights of the polygon. More
 # would shrink all letters of the line when it is scaled to the network's height.
