@@ -19,7 +19,8 @@ _PRIOR_WEIGHT = 0.1
 class Calibration:
     """Beta calibration: log-odds of being right = a ln(confidence) - b ln(1 - confidence) + c; by default the identity.
 
-    With a and b above zero it is strictly increasing, so a ranking by confidence stays as it is.
+    With a and b above zero it is increasing, so it turns no ranking by confidence round; what is nearer to 0 or 1 than
+    1e-7 counts as so near.
 
     Source: Kull, Silva Filho and Flach, Beta calibration, AISTATS 2017. Compared with temperature, Platt scaling and
         isotonic regression in docs/decoding.md.

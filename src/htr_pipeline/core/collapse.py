@@ -20,7 +20,7 @@ READING_CER = 0.7
 # Healthy runs reach 0.8 to 1.
 _EMPTY_RATIO = 0.1
 # One such step is an accident of a batch.
-_BAD_STEPS = 3
+_BAD_STEPS = 3  # less the good ones since
 # After the lowest loss a healthy run stays within a few per cent of it.
 _LOSS_RISE = 3.0
 _LOW_LOSS = 0.5  # nats a character; below it, as with a few lines known by heart, a loss may rise many times
@@ -143,21 +143,21 @@ class CollapseMonitor:
     had_read: bool = False
     empty_windows: int = 0  # one after the other
     unread_windows: int = 0  # one after the other, since it had read
-    bad_steps: int = 0  # one after the other
+    bad_steps: int = 0  # less the good ones since
     kind: str = ""  # the last verdict
 
     def observe(self, step: StepFigures | None) -> Verdict | None:
         """Takes a step in; at the end of a window returns the verdict on it.
 
         Args:
-            step: None where its gradient was not finite; several of these in a row are a verdict at once.
+            step: None where its gradient was not finite; several of these soon after each other are a verdict at once.
         """
-        self.bad_steps = self.bad_steps + 1 if step is None else 0
+        self.bad_steps = self.bad_steps + 1 if step is None else max(self.bad_steps - 1, 0)
         if step is None:
             if self.bad_steps < _BAD_STEPS:
                 return None
             self.kind = "exploded"
-            return Verdict("exploded", f"Loss or gradient are not finite, {self.bad_steps} steps in a row.")
+            return Verdict("exploded", "Loss or gradient are not finite in most of the last steps.")
         totals = {
             "steps": 1.0,
             "lines": step.lines,

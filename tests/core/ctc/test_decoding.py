@@ -3,8 +3,11 @@ import gc
 import io
 import itertools
 import math
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
 from collections import defaultdict
 from pathlib import Path
@@ -756,3 +759,16 @@ def test_more_paths_wanted_than_any_integer_counts():
     assert (
         len(beam_search(random_log_probs(5, 1, 2, 3), beam_width=10**30, top_paths=10**30)[0]) == 5
     )  # '', a, b, ab, ba
+
+
+def test_a_full_disk_keeps_no_search_from_being_compiled(tmp_path):
+    code = """
+import resource
+import numpy as np
+from htr_pipeline.core.ctc.decoding import beam_search
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+print(beam_search(np.log([[[0.9, 0.1]]]))[0][0].labels)
+"""
+    variables = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert found.stdout == "[0]\n"

@@ -584,6 +584,15 @@ def test_srilm_file_by_hand():
     assert log10_score(WordNGram.from_arpa(SRILM.splitlines()), "b a b") == pytest.approx(log10_score(model, "bab"))
 
 
+def test_prefixes_put_in_may_be_less_likely_than_what_files_write_for_zero():
+    text = SRILM.replace("ngram  2=2", "ngram  2=1").replace("-0.2 a b\n", "").replace("-0.3", "-2")
+    text = text.replace("-0.4 b", "-99 b").replace("b a b", "a b b")
+    model = CharacterNGram.from_arpa(text.splitlines())
+    expected = -0.1 - 0.05 - 2 - 0.5 - 2 - 99 - 0.2 - 0.6  # "a b" is put in with 10^-101
+    assert log10_score(model, "aab") == pytest.approx(expected)
+    assert log10_score(CharacterNGram.from_arpa(arpa_of(model).splitlines()), "aab") == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("num_trigrams", "weight_of_pair"), [(None, 0), (0, -0.125)])
 def test_unknown_in_capitals_special_tokens_missing_and_backoff_without_followers(num_trigrams, weight_of_pair):
     lines = ["\\data\\", "ngram 1=2", "ngram 2=1", r"\1-grams:", "-1 <UNK>", "-0.5 a -0.25", r"\2-grams:"]

@@ -2,18 +2,18 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numba
 
-# For functions that allocate nothing: without reference counts, calls with many arrays take half the time. An option of
-# Numba's own, checked with the version in requirements.lock.
+# What is private to Numba here was checked with the version in requirements.lock.
+# For functions that allocate nothing: without reference counts, calls with many arrays take half the time.
 WITHOUT_COUNTS = {"_nrt": False}
 
 
 def compiled(**options: Any) -> Callable[[Callable], Any]:
-    """Decorator: compiled at the first call, without the interpreter lock, and kept on disk for the next process.
+    """Decorator: compiled at the first call, without the interpreter lock, and kept on disk, if it can be written to.
 
     Args:
         options: further ones of numba.njit.
@@ -22,9 +22,17 @@ def compiled(**options: Any) -> Callable[[Callable], Any]:
 
     def decorate(function: Callable) -> Any:
         try:
-            return numba.njit(**common, cache=True, **options)(function)
+            dispatcher = numba.njit(**common, cache=True, **options)(function)
         except RuntimeError:  # neither the package nor the home folder can be written to
             return numba.njit(**common, **options)(function)
+        keep = dispatcher._cache.save_overload
+
+        def keep_if_possible(signature: Any, code: Any) -> None:
+            with suppress(OSError):  # the disk is full
+                keep(signature, code)
+
+        dispatcher._cache.save_overload = keep_if_possible
+        return dispatcher
 
     return decorate
 

@@ -39,6 +39,7 @@ _LN_10 = math.log(10)
 _LONGEST_LINE = 1 << 20  # of an ARPA file, in characters; an n-gram takes some dozens
 _NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # what surrogateescape makes of such bytes
 _ARPA_ZERO = -99.0  # what ARPA files write for log10 of zero
+_ARPA_LEAST = -1e6  # much below what backing off comes to, and float32 holds sums of it
 _ARPA_ONE = 1e-3  # what they may have by rounding for log10 of one
 _LARGEST_LOG = -_ARPA_ZERO * _LN_10
 # Used where a corpus is too small to estimate discounts, as lmplz --discount_fallback does.
@@ -126,7 +127,7 @@ class _NGram(abc.ABC):
 
         Each order has its own three discounts; where a corpus is too small to estimate them they are 0.5, 1 and 1.5.
         Single tokens are interpolated with the uniform distribution over the vocabulary without <s>, whose share
-        <unk> gets. Nothing is pruned. Memory peaks at some 70 bytes a token of the texts.
+        <unk> gets. Nothing is pruned. Memory peaks at 70 to 90 bytes a token of the texts.
 
         Args:
             texts: lines; each is a sentence between <s> and </s>.
@@ -235,7 +236,7 @@ class _NGram(abc.ABC):
     def from_arpa(cls, source: File | Iterable[str], *, space_token: str = "<space>") -> Self:
         """Reads an ARPA file of KenLM, SRILM and others.
 
-        Probabilities below 10^-99 count as that. <UNK> is read as <unk>. Special tokens that the file lacks get 10^-99,
+        A probability of zero counts as 10^-99. <UNK> is read as <unk>. Special tokens that the file lacks get 10^-99,
         so a model without <unk> all but forbids unknown tokens. Prefixes of n-grams that the file lacks, as pruning
         leaves them, are put in with the probability that backing off gives them, which changes no score. Backoff
         weights of n-grams of the highest order, as cutting a longer model leaves them, say nothing and are left out.
@@ -284,7 +285,7 @@ class _NGram(abc.ABC):
         return cls(len(arpa.sections), vocabulary, _trie(*_flattened(levels)))
 
     def to_arpa(self, file: File, *, space_token: str = "<space>") -> None:
-        """Writes the model as ARPA, which KenLM, SRILM and PyLaia's decoder read.
+        """Writes the model as ARPA, which SRILM, PyLaia's decoder and, from order 2 on, KenLM read.
 
         Args:
             file: a path (.gz is packed), or a text file open for writing.
@@ -778,7 +779,7 @@ class _ArpaParser:
             value = math.nan
         if math.isnan(value):
             raise self._failure(field, "a number")
-        return max(value, _ARPA_ZERO)
+        return _ARPA_ZERO if value == -math.inf else max(value, _ARPA_LEAST)
 
     def _failure(self, found: str, expected: str) -> ValueError:
         shown = found if len(found) <= 100 else found[:97] + "..."
