@@ -92,13 +92,26 @@ def _settings_message(exc: ParameterValidationError) -> str:
     return "\n".join(lines[1:] or lines)
 
 
+def _settings(ctx: click.Context, param: click.Parameter, value: str) -> dict[str, Any]:
+    """Kedro's reading of --params, which would end at what YAML takes for a comment without a word."""
+    if cut := re.search(r"\s#.*", value):
+        raise click.BadParameter(
+            f"what follows a blank and # counts as a comment, here {cut[0].strip()!r}. Write this setting into "
+            "conf/local/parameters.yml, in quotation marks.",
+            ctx,
+            param,
+        )
+    return _split_params(ctx, param, value)
+
+
 def _params_and_text(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, dict[str, Any]]:
     """The settings, beside the text for the processes that are to have them."""
-    return value, _split_params(ctx, param, value)
+    return value, _settings(ctx, param, value)
 
 
-run = copy.copy(kedro_run)
+run = copy.deepcopy(kedro_run)
 run.callback = _run
+next(option for option in run.params if option.name == "params").callback = _settings
 cli.add_command(run)
 
 
@@ -138,7 +151,7 @@ def export(format: str, output: Path, decoder: str | None, split: str | None, en
 @click.option("--only-empty", is_flag=True, help="Leave lines alone that have a text already.")
 @click.option("--env", "-e", help="Kedro environment, as for run.")
 @click.option(
-    "--params", default="", help="Settings of the source, as source.image_column=file.", callback=_split_params
+    "--params", default="", help="Settings of the source, as source.image_column=file.", callback=_settings
 )
 def transcribe(
     path: Path,
@@ -369,7 +382,7 @@ def _use_mlflow(context: KedroContext) -> str:
 @cli.command("check-batch")
 @click.option("--seconds", default=60.0, show_default=True, type=click.FloatRange(1.0, 1e6), help="When to give up.")
 @click.option("--env", "-e", help="Kedro environment, as for run.")
-@click.option("--params", default="", help="Settings, as for run.", callback=_split_params)
+@click.option("--params", default="", help="Settings, as for run.", callback=_settings)
 def check_batch(seconds: float, env: str | None, params: dict[str, Any]) -> None:
     """Learn one batch by heart: do data, charset, lengths and loss fit together? Exit code 1 if not."""
     from htr_pipeline.pipelines.training.nodes import check_training_batch

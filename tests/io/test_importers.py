@@ -171,6 +171,33 @@ def test_folders_named_like_splits_are_the_splits(tmp_path):
     assert found["train/anna/1"]["writer_id"] == "anna"
 
 
+def test_splits_may_lie_below_a_folder_of_their_own_and_beside_others(tmp_path, caplog):
+    for name in ("set/Training/anna/1.png", "set/Test/bert/1.png"):
+        write_line(tmp_path, name)
+    found = by_line(import_rows(tmp_path)[0])
+    assert [(record["split"], record["writer_id"]) for _, record in sorted(found.items())] == [
+        ("test", "bert"),
+        ("train", "anna"),
+    ]
+    assert not caplog.messages
+    write_line(tmp_path, "set/Samples/1.png")
+    found = by_line(import_rows(tmp_path)[0])
+    assert {name: (record["split"], record["writer_id"]) for name, record in found.items()} == {
+        "set/Samples/1": (None, "Samples"),
+        "set/Test/bert/1": ("test", "bert"),
+        "set/Training/anna/1": ("train", "anna"),
+    }
+    assert re.search("beside them lies 'Samples', whose lines go .* set source.split=by_writer", caplog.text)
+
+
+@pytest.mark.parametrize("names", [("train", "samples"), ("train", "val", "x"), ("anna", "test"), ("train",)])
+def test_a_name_of_a_split_among_others_may_be_a_writers(tmp_path, names):
+    for name in names:
+        write_line(tmp_path, f"{name}/1.png")
+    records = import_rows(tmp_path)[0]
+    assert {(record["split"], record["writer_id"]) for record in records} == {(None, name) for name in names}
+
+
 def test_text_in_visual_order_is_turned_into_the_order_of_reading(tmp_path):
     as_read, as_it_stands = "אב" + " 1914 " + "גד", "דג" + " 1914 " + "בא"
     write_line(tmp_path, "x.png", as_it_stands)
@@ -284,7 +311,11 @@ def test_quotation_marks_of_a_tsv_belong_to_the_text(table, caplog):
     frame = pd.read_csv(table / "lines.tsv", sep="\t", quoting=3, dtype=str)
     frame.assign(text=frame["text"].map('"{}"'.format)).to_csv(table / "lines.tsv", sep="\t", index=False, quoting=3)
     import_rows(table)
-    assert "lines.tsv: 4 of 4 texts stand in quotation marks" in caplog.text
+    assert "lines.tsv: 4 of 4 texts stand in quotation marks, which" in caplog.text
+    frame.loc[:1, "text"] = ['"""ja"" er"', '"ja"']
+    frame.to_csv(table / "lines.tsv", sep="\t", index=False, quoting=3)
+    import_rows(table)
+    assert "lines.tsv: 1 of 4 texts stand in quotation marks and have each of theirs twice, which" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["csv", "semicolons", "parquet", "json lines"])
@@ -301,7 +332,7 @@ def test_other_kinds_of_tables_give_the_same_lines_as_tsv(table, kind):
     assert import_rows(table)[0] == expected
 
 
-def test_folders_of_images_named_like_splits_are_the_splits_of_a_table_without_any(tmp_path):
+def test_folders_of_images_named_like_splits_are_the_splits_of_a_table_without_any(tmp_path, caplog):
     names = ("./train/1.png", "validation//2.png", "test/3.png")
     for name in names:
         write_line(tmp_path, name)
@@ -312,7 +343,8 @@ def test_folders_of_images_named_like_splits_are_the_splits_of_a_table_without_a
     write_line(tmp_path, "letters/4.png")
     with table.open("a", encoding="utf-8") as file:
         file.write("letters/4.png,a\n")
-    assert {record["split"] for record in import_rows(table)[0]} == {None}
+    assert [record["split"] for record in import_rows(table)[0]] == ["train", "validation", "test", None]
+    assert "beside them lies 'letters'" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["", "data/"])

@@ -426,6 +426,19 @@ def test_check_of_the_set_can_be_a_warning(tmp_path):
     assert check_manifest(validated, rejected, summary, config) is validated
 
 
+def test_an_image_in_two_splits_is_named_with_them(tmp_path):
+    rows = good_lines()
+    test = next(row for row in rows if row["split"] == "test")
+    test |= {name: rows[0][name] for name in ("content_hash", "text")}
+    assert rows[0]["split"] == "train"
+    validated, rejected, summary, config = validate(rows, tmp_path)
+    assert [warning for warning in summary["warnings"] if "of which the test knows the answers" in warning] == [
+        f"Images in more than one split, of which the test knows the answers: 'line00' (test and train), "
+        f"'{test['line_id']}' (test and train). Remove those of training, or give them to one split in the source."
+    ]
+    assert check_manifest(validated, rejected, summary, config) is validated
+
+
 @pytest.mark.parametrize(
     ("levels", "message"),
     [

@@ -119,13 +119,13 @@ def provenance_of(model, charset, **settings):
     )
 
 
-def measure(predictions, before, num_test=0, learnt=()):
+def measure(predictions, before, num_test=0, learnt=(), shards=None):
     charset = Charset(LETTERS).to_json()
     tuned = asdict(DecodingConfig(alpha=0.5, beta=0.0))
     return measure_errors(
         predictions,
         before,
-        features(0, num_test),
+        shards or features(0, num_test),
         charset,
         {"learnt_lines": learnt},
         tuned,
@@ -154,6 +154,16 @@ def test_lines_that_the_network_was_trained_on_are_counted_and_named(caplog):
     assert "was trained on" not in caplog.text
     assert measure(table, table, 6, ["test-1", "test-4", "train-1"])["learnt_lines"] == {"validation": 0, "test": 2}
     assert "The network that this one started from was trained on 2 of the 6 test lines" in caplog.text
+
+
+def test_test_lines_whose_images_are_in_training_are_counted_and_named(caplog):
+    table, rng = readings(4, 6), np.random.default_rng(1)
+    rows = [feature_row(rng, split, number) for split in ("train", "test") for number in range(6)]
+    assert measure(table, table, shards=FewLines(rows))["lines_in_training"] == {"validation": 0, "test": 0}
+    assert "of a training line" not in caplog.text
+    rows = [row | {"content_hash": row["content_hash"].replace("test-5", "train-2")} for row in rows]
+    assert measure(table, table, shards=FewLines(rows))["lines_in_training"] == {"validation": 0, "test": 1}
+    assert "1 of the 6 test lines have the image of a training line" in caplog.text
 
 
 def test_interval_is_over_writers_and_of_few_writers_over_lines():

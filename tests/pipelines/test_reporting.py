@@ -253,6 +253,7 @@ def make_inputs(
         "unseen_groups": few(rates(by_seen[False])) if by_seen[False] else None,
         "characters_outside_charset": {"é": 3},
         "learnt_lines": {"validation": 0, "test": 0},
+        "lines_in_training": {"validation": 0, "test": 0},
     }
     history = [
         {
@@ -422,6 +423,16 @@ def test_lines_that_were_learnt_come_with_a_warning(inputs):
     learnt = inputs["metrics"] | {"learnt_lines": {"validation": 0, "test": 7}}
     text = Page(render(inputs | {"metrics": learnt})).text_of["header"]
     assert "test lines were training lines of the network that this one started from" in text
+
+
+def test_test_lines_that_stand_in_training_come_with_a_warning(inputs):
+    text = Page(render(inputs)).text_of["header"]
+    assert "who are not in the training data" in text
+    assert "the image of a training line" not in text
+    doubled = inputs["metrics"] | {"lines_in_training": {"validation": 0, "test": 5}}
+    text = Page(render(inputs | {"metrics": doubled})).text_of["header"]
+    assert "test lines have the image of a training line" in text
+    assert "who are not in the training data" not in text
 
 
 def test_a_training_that_collapsed_comes_with_a_warning(inputs):

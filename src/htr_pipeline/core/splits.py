@@ -1,7 +1,8 @@
 """Which split a line belongs to: decided by writer, once, and the same on every machine."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Iterable, Sequence
 
 # Each split with the names that data sets have for it.
 SPLIT_NAMES = {
@@ -19,9 +20,34 @@ def parse_split(name: str) -> str | None:
     return next((split for split, names in SPLIT_NAMES.items() if name.strip().lower() in names), None)
 
 
-def are_splits(folders: Collection[str]) -> bool:
-    """Whether folders side by side are the splits of a data set: there are several, all with such names."""
-    return len(folders) > 1 and all(map(parse_split, folders))
+class SplitFolders:
+    """The folders of a data set that are its splits, if it has such.
+
+    They stand side by side, below the folders that all files share. All have names of splits, or some do, for training
+    and for test among them, and the others hold more lines.
+
+    Args:
+        places: the folders that each file lies in, outermost first.
+
+    Attributes:
+        others: names of the folders beside those of the splits, sorted.
+    """
+
+    def __init__(self, places: Iterable[Sequence[str]]) -> None:
+        distinct = {tuple(place) for place in places}
+        level = len(os.path.commonprefix(list(distinct)))
+        names = {place[level] for place in distinct if len(place) > level}
+        splits = set(map(parse_split, names))
+        found = len(names) > 1 and (None not in splits or {"train", "test"} <= splits)
+        self._level = level if found else None
+        self.others = sorted(name for name in names if found and not parse_split(name))
+
+    def parse(self, place: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
+        """The split of a file, None where it is in none, and the folders that say whose it is."""
+        if self._level is None or len(place) <= self._level:
+            return None, tuple(place)
+        split = parse_split(place[self._level])
+        return split, tuple(place[self._level + bool(split) :])
 
 
 def assign_splits(

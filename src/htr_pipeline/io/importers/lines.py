@@ -1,16 +1,19 @@
 """Line images with their text beside them: NAME.png, .jpg, .jpeg, .tif or .tiff and NAME.gt.txt or NAME.txt."""
 
+import logging
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.core.splits import are_splits, parse_split
+from htr_pipeline.core.splits import SplitFolders
 
 if TYPE_CHECKING:
     from htr_pipeline.io.importers import SourceConfig
+
+logger = logging.getLogger(__name__)
 
 # In upper or lower case. The first of these that a folder has counts for all of it: beside ground truth, .txt is what
 # some engine has read.
@@ -21,8 +24,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 def read_lines(path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
     """One row for each image and each text file below the folder, sorted by path; hidden files are not looked at.
 
-    The first folder below `path` is the writer, and the folder of the image is the page. Where all first folders are
-    named like splits (train/, val/, test/) they are the splits, and the folder below is the writer.
+    The first folder below `path` is the writer, and the folder of the image is the page. Where folders are named like
+    splits (train/, val/, test/), the folder below is the writer.
 
     Args:
         path: the folder; or an image, where lines need no text.
@@ -48,8 +51,7 @@ def read_lines(path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
         if name.lower().endswith(suffix):
             texts[_composed(name[: -len(suffix)])] = name
     alone = {name: stem for stem, name in texts.items() if stem not in stems}
-    first_folders = {name.split("/")[0] for name in images if "/" in name}
-    folders_are_splits = are_splits(first_folders)
+    splits = find_splits(path, map(_place, images), config)
 
     for name in sorted([*images, *alone]):
         if name in alone:
@@ -59,14 +61,27 @@ def read_lines(path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
             yield {"line_id": stem, "file": name, "reason": "missing_image", "detail": detail}
             continue
         row: dict[str, Any] = {"line_id": _stem(name), "file": name, "image_path": name}
-        folders = name.split("/")[:-1]
-        if folders_are_splits and folders:
-            row["split"] = parse_split(folders[0])
-            folders = folders[1:]
+        row["split"], folders = splits.parse(_place(name))
         if folders:
             row |= {"writer_id": folders[0], "page_id": "/".join(folders)}
         expected = row["line_id"] + suffixes.get(_folder(name), usual)
         yield row | _read_text(path, texts.get(_composed(row["line_id"]), expected))
+
+
+def find_splits(path: Path, places: Iterable[Sequence[str]], config: "SourceConfig") -> SplitFolders:
+    """The folders of the source that are splits; a warning names those beside them that are none."""
+    splits = SplitFolders(places)
+    if splits.others and config.split == "given" and config.needs_text:
+        logger.warning(
+            "%s: the folders with names of splits are splits; beside them lies %s, whose lines go where the hash of "
+            "their writer's name falls. Move it into a split or out of the source, or set source.split=by_writer.",
+            path, ", ".join(map(repr, splits.others)),
+        )  # fmt: skip
+    return splits
+
+
+def _place(name: str) -> list[str]:
+    return name.split("/")[:-1]
 
 
 def _stem(name: str) -> str:

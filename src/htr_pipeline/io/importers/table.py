@@ -23,9 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.core.splits import SPLIT_NAMES, are_splits, parse_split
+from htr_pipeline.core.splits import SPLIT_NAMES, SplitFolders, parse_split
 from htr_pipeline.io.atomic import replacing
-from htr_pipeline.io.importers.lines import IMAGE_SUFFIXES
+from htr_pipeline.io.importers.lines import IMAGE_SUFFIXES, find_splits
 
 if TYPE_CHECKING:
     from htr_pipeline.io.importers import SourceConfig
@@ -93,31 +93,43 @@ def _rows_of_table(
     if config.split != "given":
         names.pop("split", None)
     split = _split_of(file) if is_split else None
-    by_folder = config.split == "given" and not split and _folders_are_splits(file, names)
+    by_folder = config.split == "given" and not split
+    splits = _split_folders(file, names, config) if by_folder else SplitFolders([])
     table = file.relative_to(root).with_suffix("").as_posix() if is_named_alike else file.stem
-    num_texts = num_quoted = 0
+    num_texts = num_quoted = num_doubled = 0
     for number, values in rows:
         row = _row(file, root, f"{table}/{number:06d}", number, values, names)
         text = row.get("text") or ""
         num_texts += bool(text)
         num_quoted += len(text) > 1 and text[0] == text[-1] == '"'
-        of_folder = parse_split(row.get("image_path", "").partition("/")[0]) if by_folder else None
+        num_doubled += _is_quoted_cell(text)
+        of_folder, _ = splits.parse(_folders(values, names))
         yield row | {"split": row.get("split") or split or of_folder}
-    if file.suffix.lower() == ".tsv" and num_quoted > num_texts / 2:
+    if file.suffix.lower() == ".tsv" and (num_doubled or num_quoted > num_texts / 2):
         logger.warning(
-            "%s: %d of %d texts stand in quotation marks, which in a .tsv belong to the text. If they should not, save "
-            "the table as .csv.",
-            file, num_quoted, num_texts,
+            "%s: %d of %d texts stand in quotation marks%s, which in a .tsv belong to the text. If they should not, "
+            "rename the table to .csv.",
+            file, num_doubled or num_quoted, num_texts, " and have each of theirs twice" if num_doubled else "",
         )  # fmt: skip
 
 
-def _folders_are_splits(file: Path, names: Mapping[str, str]) -> bool:
-    """Whether a text table has no column of splits, and the first folders of all its images are named like splits."""
+def _is_quoted_cell(text: str) -> bool:
+    """Whether a text looks like what writers of .csv make of one with quotation marks."""
+    inner = text[1:-1]
+    return text == f'"{inner}"' and '""' in inner and '"' not in inner.replace('""', "")
+
+
+def _split_folders(file: Path, names: Mapping[str, str], config: "SourceConfig") -> SplitFolders:
+    """The folders of the images of a text table without a column of splits that are named like splits."""
     if "split" in names or "image" not in names or file.suffix.lower() == ".parquet":
-        return False
-    images = (values.get(names["image"]) for _, values in _read_text_table(file)[1] if not isinstance(values, str))
-    folders = {_plain(str(image or "").replace("\\", "/")).partition("/")[0] for image in images}
-    return are_splits(folders)
+        return SplitFolders([])
+    return find_splits(file, (_folders(values, names) for _, values in _read_text_table(file)[1]), config)
+
+
+def _folders(values: Mapping[str, Any] | str, names: Mapping[str, str]) -> tuple[str, ...]:
+    """Those of a row's image."""
+    image = "" if isinstance(values, str) else str(values.get(names.get("image", "")) or "")
+    return PurePosixPath(image.replace("\\", "/")).parts[:-1]
 
 
 def find_tables(path: Path) -> list[Path]:

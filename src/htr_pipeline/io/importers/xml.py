@@ -15,8 +15,7 @@ import numpy as np
 
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.cutting import line_band
-from htr_pipeline.core.splits import are_splits, parse_split
-from htr_pipeline.io.importers.lines import IMAGE_SUFFIXES, visible_files
+from htr_pipeline.io.importers.lines import IMAGE_SUFFIXES, find_splits, visible_files
 
 if TYPE_CHECKING:
     from htr_pipeline.io.importers import SourceConfig
@@ -33,7 +32,7 @@ MAX_NAME_CHARACTERS = 255  # of an id or a file
 # How far width and height may differ in scale between XML and image.
 MAX_DISTORTION = 0.05
 # Folders that say how a page is kept, not whose it is.
-_LAYOUT_FOLDERS = {"page", "pagexml", "page_xml", "alto", "altoxml", "alto_xml", "xml", "images", "image", "img"}
+_LAYOUT_FOLDERS = frozenset("page pagexml page_xml alto altoxml alto_xml xml images image img data".split())
 _CHUNK_BYTES = 64 * 1024
 
 
@@ -83,21 +82,18 @@ class PageFormat:
 
         Args:
             path: a folder with XML files and page images, or one XML file.
-            config: not used.
+            config: whether folders are splits.
         """
         root = path.parent if path.is_file() else path
         images = ImageIndex(visible_files(root))
         files = xml_files(path)
-        first_folders = {_place(name)[0] for name in files if _place(name)}
-        folders_are_splits = are_splits(first_folders)
+        splits = find_splits(path, map(_place, files), config)
         others, empty = [], []
         file_of_page: dict[str, str] = {}
         for name in files:
             page_id = page_id_of(name)
             row: dict[str, Any] = {"line_id": page_id, "page_id": page_id, "file": name}
-            folders = _place(name)
-            if folders_are_splits and folders:
-                row["split"], folders = parse_split(folders[0]), folders[1:]
+            row["split"], folders = splits.parse(_place(name))
             if folders:
                 row["writer_id"] = folders[0]
             try:

@@ -41,7 +41,12 @@ LINE_LEVELS = {
 # What compression makes of a blank sheet is less.
 _LEAST_GREY_RANGE = 8
 AT_IMPORT = ("duplicate_id", "empty_text", "unreadable_image")  # found there already; of them no line can be made
-SET_LEVELS = {"writer_in_two_splits": "stop", "page_in_two_splits": "warn", "missing_split": "stop"}
+SET_LEVELS = {
+    "writer_in_two_splits": "stop",
+    "page_in_two_splits": "warn",
+    "image_in_two_splits": "warn",
+    "missing_split": "stop",
+}
 
 
 @config("validation")
@@ -321,6 +326,16 @@ def set_checks() -> list[Check]:
                 "Pages in more than one split, whose lines share ink, light and half a sentence with the next: "
                 + _list_ids(frame[~frame["page_splits"].isin(SPLITS)], "page")
                 + ". The test is easier for it. Give whole pages to a split in the source."
+            ),
+        ),
+        Check(
+            "image_in_two_splits",
+            "every image is in one split",
+            lambda gxe: gxe.ExpectColumnValuesToBeInSet(column="image_splits", value_set=list(SPLITS)),
+            lambda frame: (
+                "Images in more than one split, of which the test knows the answers: "
+                + _list_ids(frame[~frame["image_splits"].isin(SPLITS)].assign(image_id=frame["line_id"]), "image")
+                + ". Remove those of training, or give them to one split in the source."
             ),
         ),
         Check(

@@ -51,7 +51,7 @@ def collect_facts(lines: pa.Table, config: ValidationConfig, image_config: Image
         split with the same text); numbers: aspect, frames, most_frames (where small letters are enlarged),
         required_frames, spare_frames (of the most), texts_of_image, width_per_character (in line heights) and
         width_deviation (in standard deviations from the writer's norm).
-        writer_splits names the splits of the line's writer, page_splits those of its page.
+        writer_splits names the splits of the line's writer, page_splits those of its page, image_splits of its image.
     """
     frame = lines.select(_COLUMNS).to_pandas().rename(columns={"image_path": "file"})
     prefixes = id_prefixes(lines)
@@ -75,6 +75,7 @@ def collect_facts(lines: pa.Table, config: ValidationConfig, image_config: Image
     rows = pd.Series(np.arange(len(frame)))
     first = rows.groupby(images).transform("first")
     frame["same_image"] = _ids_at(frame, first.where(first < rows, -1).to_numpy(np.int64))
+    frame["image_splits"] = _splits_of(frame, "content_hash")
     frame["near_image"] = _ids_at(frame, _near_images(frame["image_hash"].where(first == rows), config))
     frame["other_page"] = _pages_of_same_text(frame)
     frame["writer_splits"] = _splits_of_writer(frame)

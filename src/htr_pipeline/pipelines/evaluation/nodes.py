@@ -228,6 +228,14 @@ def measure_errors(
                 "nothing about new lines. Keep to the splits of then, give them in the source, or start from another "
                 "network.", num, len(hashes[split]), split,
             )  # fmt: skip
+    trained = set(hashes["train"])
+    in_training = {split: sum(one in trained for one in hashes[split]) for split in _SPLITS}
+    for split, num in in_training.items():
+        if num:
+            logger.warning(
+                "%d of the %d %s lines have the image of a training line: its figures on them say nothing about new "
+                "lines. The table of the validation names them (same_image).", num, len(hashes[split]), split,
+            )  # fmt: skip
     outside = Counter("".join(test["reference"]))
     return {
         "signature": signature(unicode_form_of(test["reference"].tolist()), "test", len(test), version("htr-pipeline")),
@@ -236,6 +244,7 @@ def measure_errors(
         "model_hash": predictions.schema.metadata[b"model_hash"].decode(),
         "confidence": evaluation.confidence,
         "learnt_lines": learnt,
+        "lines_in_training": in_training,
         "decoders": list(DECODERS),
         "headline": {"split": "test", "decoder": decoding.decoder},
         "decoding": tuned_decoding,

@@ -136,7 +136,8 @@ def _verdict(metrics: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], man
     # Where nobody knows the writers, each line counts as one.
     if len(writers) < len(lines):
         where += f" by {_count(len(writers), 'writer')}"
-        if not writers & set(_of_split(manifest, "train")["writer_id"].to_pylist()):
+        trained = set(_of_split(manifest, "train")["writer_id"].to_pylist())
+        if not writers & trained and not metrics["lines_in_training"][headline["split"]]:
             where += " who " + ("is" if len(writers) == 1 else "are") + " not in the training data"
     if not edits:
         return f"Every character is right {where}."
@@ -177,6 +178,11 @@ def _warnings(
         warnings.append(
             f"{learnt} of the {len(lines)} {split} lines were training lines of the network that this one started "
             "from: on them the figures say nothing about new lines."
+        )
+    if doubled := metrics["lines_in_training"][split]:
+        warnings.append(
+            f"{doubled} of the {len(lines)} {split} lines have the image of a training line: on them the figures say "
+            "nothing about new lines."
         )
     if metrics["data_hash"] != feature_stats["data_hash"]:
         warnings.append(
