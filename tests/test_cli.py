@@ -7,7 +7,9 @@ import signal
 import sqlite3
 
 import pytest
+from click.testing import CliRunner
 
+from htr_pipeline.cli import cli
 from tests.project import kedro_run, kedro_transcribe, mlflow_runs, new_project, started_run, succeed
 
 
@@ -37,6 +39,13 @@ def test_half_a_database_of_mlflow_is_a_sentence(tmp_path):
         r"Error: MLflow's database .*its tables are not as they should be .*move the file away", done.stderr
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "check-batch"])
+def test_a_parameter_that_would_be_cut_at_a_comment_is_refused(command):
+    done = CliRunner().invoke(cli, [command, "--params", "source.path=Scans #2,training.epochs=3"])
+    assert done.exit_code == 2
+    assert "what follows a blank and # counts as a comment, here '#2,training.epochs=3'" in done.output
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,7 @@ def export(format: str, output: Path, decoder: str | None, split: str | None, en
 @click.option("--looks", type=click.Choice(("1", "3")), help="At a line: 1 is faster; default: those of the model.")
 @click.option("--only-empty", is_flag=True, help="Leave lines alone that have a text already.")
 @click.option("--env", "-e", help="Kedro environment, as for run.")
-@click.option(
-    "--params", default="", help="Settings of the source, as source.image_column=file.", callback=_settings
-)
+@click.option("--params", default="", help="Settings of the source, as source.image_column=file.", callback=_settings)
 def transcribe(
     path: Path,
     output: Path,

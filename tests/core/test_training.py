@@ -286,6 +286,12 @@ def test_labels_that_count_padding_are_named_with_their_lines():
         run(config=STOP, training=lines)
 
 
+def test_labels_that_do_not_fit_are_the_verdict_also_before_the_first_window():
+    lines = [drawn(index)._replace(text=drawn(index).text.ljust(32, "0")) for index in range(16)]
+    history = run(config=dataclasses.replace(CONFIG, epochs=1, plateau_steps=1000), training=lines).history
+    assert [row["verdict"] for row in history] == ["labels_do_not_fit"]
+
+
 def test_label_lengths_that_count_padding_are_seen_where_the_loss_gets_them():
     from htr_pipeline.core.batching import collate
     from htr_pipeline.core.model import build_model

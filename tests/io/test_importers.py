@@ -171,6 +171,23 @@ def test_folders_named_like_splits_are_the_splits(tmp_path):
     assert found["train/anna/1"]["writer_id"] == "anna"
 
 
+def test_images_of_ocropus_belong_to_the_text_of_their_line(tmp_path):
+    for name in ("0001.bin.png", "0002.nrm.png", "0003.bin.png"):
+        write_line(tmp_path, name)
+    for name in ("0001", "0002"):
+        (tmp_path / f"{name}.gt.txt").write_text(name, encoding="utf-8")
+    for name in ("0001.bin", "0002.nrm"):
+        (tmp_path / f"{name}.gt.txt").unlink()
+    (tmp_path / "0003.bin.gt.txt").write_text("its own", encoding="utf-8")
+    records, rejected = import_rows(tmp_path)
+    assert rejected == []
+    assert [(r["line_id"], r["text"], r["image_path"]) for r in records] == [
+        ("0001", "0001", "0001.bin.png"),
+        ("0002", "0002", "0002.nrm.png"),
+        ("0003.bin", "its own", "0003.bin.png"),
+    ]
+
+
 def test_splits_may_lie_below_a_folder_of_their_own_and_beside_others(tmp_path, caplog):
     for name in ("set/Training/anna/1.png", "set/Test/bert/1.png"):
         write_line(tmp_path, name)
@@ -179,7 +196,7 @@ def test_splits_may_lie_below_a_folder_of_their_own_and_beside_others(tmp_path, 
         ("test", "bert"),
         ("train", "anna"),
     ]
-    assert not caplog.messages
+    assert "beside them" not in caplog.text
     write_line(tmp_path, "set/Samples/1.png")
     found = by_line(import_rows(tmp_path)[0])
     assert {name: (record["split"], record["writer_id"]) for name, record in found.items()} == {

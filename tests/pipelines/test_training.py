@@ -118,6 +118,12 @@ def test_an_order_beside_a_file_is_refused():
 def test_a_network_that_does_not_read_comes_with_the_advice_for_what_was_seen(caplog, verdict, cer, words):
     _warn_of_not_reading({"verdict": verdict, "train_cer": cer, "step": 700}, TrainingConfig())
     assert words in caplog.text
+    assert "learning_rate is" not in caplog.text
+
+
+def test_a_rate_far_from_the_default_is_said_of_a_network_that_does_not_read_yet(caplog):
+    _warn_of_not_reading({"verdict": "plateau", "train_cer": 0.99, "step": 42}, TrainingConfig(learning_rate=0.6))
+    assert caplog.text.strip().endswith("training.learning_rate is 0.6; the default is 0.006.")
 
 
 def test_file_of_words_is_taken_instead_of_the_texts(tmp_path):

@@ -40,7 +40,7 @@ _BY_HEART_RISE = 1.2
 _KNOWN_LOSS = 0.2
 _OTHER_CER = 0.25
 # Of the lines of a window. Fewer are named one by one and do no harm.
-_UNFIT_SHARE = 0.2
+UNFIT_SHARE = 0.2
 
 ADVICE = {
     "learning": "",
@@ -206,7 +206,7 @@ class CollapseMonitor:
 
         if sums["probabilities"] == sums["steps"]:
             return verdict("softmax_twice", "The outputs of the network are probabilities, not logits")
-        if sums["unfit"] > _UNFIT_SHARE * sums["lines"]:
+        if sums["unfit"] > UNFIT_SHARE * sums["lines"]:
             named = ", ".join(map(repr, self.unfit))
             share = sums["unfit"] / sums["lines"]
             return verdict(

@@ -1,8 +1,8 @@
 """Which split a line belongs to: decided by writer, once, and the same on every machine."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 # Each split with the names that data sets have for it.
 SPLIT_NAMES = {
@@ -35,7 +35,7 @@ class SplitFolders:
 
     def __init__(self, places: Iterable[Sequence[str]]) -> None:
         distinct = {tuple(place) for place in places}
-        level = len(os.path.commonprefix(list(distinct)))
+        level = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, zip(*distinct, strict=False)))
         names = {place[level] for place in distinct if len(place) > level}
         splits = set(map(parse_split, names))
         found = len(names) > 1 and (None not in splits or {"train", "test"} <= splits)

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from htr_pipeline.core.augmentation import AugmentationConfig
 from htr_pipeline.core.batching import Batch, Line, ordered_batches, training_batches
-from htr_pipeline.core.collapse import READING_CER, CollapseMonitor, StepFigures, Verdict, judge_epoch
+from htr_pipeline.core.collapse import READING_CER, UNFIT_SHARE, CollapseMonitor, StepFigures, Verdict, judge_epoch
 from htr_pipeline.core.config import UserError
 from htr_pipeline.core.ctc.loss import ctc_loss
 from htr_pipeline.core.ctc.loss import required_frames as required_frames_of_labels
@@ -615,6 +615,7 @@ def _sums(step: StepResult) -> dict[str, float]:
         "output_characters": float(sum(map(len, figures.hypotheses))),
         "frames": float(figures.frames),
         "blanks": float(figures.blanks),
+        "unfit": float(len(figures.unfit)),
         "gradient_norm": step.gradient_norm,
     }
 
@@ -643,6 +644,8 @@ def _history_row(state: TrainingState, verdict: str, validation_loss: float, val
     sums = state.sums
     running = _running_figures(sums)
     early = "learning" if running["cer"] < READING_CER else "plateau" if sums.get("lines") else "exploded"
+    if sums.get("unfit", 0.0) > UNFIT_SHARE * sums.get("lines", 0.0):
+        early = "labels_do_not_fit"
     return {
         "epoch": state.epoch + 1,
         "step": state.step,

@@ -404,9 +404,14 @@ def _on_image(row: dict[str, Any], width: int, height: int) -> tuple[list[list[i
     page_width, page_height = row["page_size"] or (width, height)
     scale = np.array([width / page_width, height / page_height])
     if abs(scale[0] / scale[1] - 1) > MAX_DISTORTION:
+        turned = abs(page_width / page_height * width / height - 1) <= MAX_DISTORTION
         raise UserError(
             f"the XML describes a page of {page_width:g} x {page_height:g}, {row['image_path']} has {width} x {height} "
-            "pixels. Give the image that was transcribed, not turned and not cut."
+            "pixels"
+            + (", or the other way round without its EXIF orientation, by which it is turned" if turned else "")
+            + ". Give the image that was transcribed, not turned and not cut"
+            + (", or remove the orientation: exiftool -Orientation= FILE" if turned else "")
+            + "."
         )
 
     def place(points: list[list[float]]) -> list[list[int]]:

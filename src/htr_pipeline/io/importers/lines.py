@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 # some engine has read.
 TEXT_SUFFIXES = (".gt.txt", ".txt")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+# What OCRopus calls an image by what was done to it: 0001.bin.png beside 0001.gt.txt.
+_STAGES = (".bin", ".nrm", ".dew", ".raw")
 
 
 def read_lines(path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
@@ -42,7 +44,7 @@ def read_lines(path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
         names = (path.name, *(path.stem + suffix for suffix in TEXT_SUFFIXES))
         path, files = path.parent, [name for name in names if (path.parent / name).exists()]
     images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
-    stems = {_composed(_stem(name)) for name in images}
+    stems = {_composed(stem) for name in images for stem in _stems(name)}
     suffixes = _text_suffixes(files, stems)
     usual = min(suffixes.values(), key=TEXT_SUFFIXES.index, default=TEXT_SUFFIXES[0])
     texts = {}  # by composed stem
@@ -60,12 +62,13 @@ def read_lines(path: Path, config: "SourceConfig") -> Iterator[dict[str, Any]]:
             detail += "Put the image beside it or remove the text."
             yield {"line_id": stem, "file": name, "reason": "missing_image", "detail": detail}
             continue
-        row: dict[str, Any] = {"line_id": _stem(name), "file": name, "image_path": name}
+        line_id = next((stem for stem in _stems(name) if _composed(stem) in texts), _stem(name))
+        row: dict[str, Any] = {"line_id": line_id, "file": name, "image_path": name}
         row["split"], folders = splits.parse(_place(name))
         if folders:
             row |= {"writer_id": folders[0], "page_id": "/".join(folders)}
-        expected = row["line_id"] + suffixes.get(_folder(name), usual)
-        yield row | _read_text(path, texts.get(_composed(row["line_id"]), expected))
+        expected = line_id + suffixes.get(_folder(name), usual)
+        yield row | _read_text(path, texts.get(_composed(line_id), expected))
 
 
 def find_splits(path: Path, places: Iterable[Sequence[str]], config: "SourceConfig") -> SplitFolders:
@@ -86,6 +89,12 @@ def _place(name: str) -> list[str]:
 
 def _stem(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def _stems(name: str) -> list[str]:
+    """What the text of an image may be called."""
+    stem = _stem(name)
+    return [stem, *(stem.removesuffix(stage) for stage in _STAGES if stem.endswith(stage))]
 
 
 def _composed(name: str) -> str:
@@ -113,7 +122,7 @@ def has_lines(path: Path) -> bool:
     """Whether the folder has a text that is named as ground truth or lies beside an image of its name."""
     files = list(visible_files(path))
     images = (name for name in files if name.lower().endswith(IMAGE_SUFFIXES))
-    return bool(_text_suffixes(files, {_composed(_stem(name)) for name in images}))
+    return bool(_text_suffixes(files, {_composed(stem) for name in images for stem in _stems(name)}))
 
 
 def has_images(path: Path) -> bool:

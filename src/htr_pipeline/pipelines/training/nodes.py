@@ -315,8 +315,8 @@ def _warn_of_not_reading(last_epoch: dict[str, Any], training: TrainingConfig) -
     else:
         logger.warning(
             "The network does not read yet. It made %d steps, and from scratch reading takes some thousand: raise "
-            "training.epochs (%d) or training.max_minutes, or begin with a network that reads, by --env finetune.",
-            last_epoch["step"], training.epochs,
+            "training.epochs (%d) or training.max_minutes, or begin with a network that reads, by --env finetune.%s",
+            last_epoch["step"], training.epochs, unusual_rate(training),
         )  # fmt: skip
 
 
