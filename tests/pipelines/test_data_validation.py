@@ -323,12 +323,17 @@ def same_page_text():
 @pytest.mark.parametrize(
     ("rows", "reason", "warned", "detail"),
     [
-        (change(6, text="Wort ab", content_hash=f"{3:064x}"), "same_image", ["line06"], "is that of line03"),
+        (
+            change(6, text="Wort ab", content_hash=f"{3:064x}"),
+            "same_image",
+            ["line06"],
+            r"line06.png \(train\): the image is that of line03 \(train\)",
+        ),
         (
             change(6, image_hash=similar(good_lines()[3]["image_hash"])),
             "near_duplicate_image",
             ["line06"],
-            "looks like line03",
+            r"looks like line03 \(train\)",
         ),
         (same_page_text(), "same_page_text", ["line00", "line02", "line03", "line05"], r"two lines by 2 \(test\)"),
         (change(6, width_pixels=4000), "unusual_width", ["line06"], "wider than this hand writes, by"),

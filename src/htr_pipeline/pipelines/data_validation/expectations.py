@@ -224,15 +224,18 @@ def line_checks(config: ValidationConfig) -> list[Check]:
             "same_image",
             "no image stands twice under one text",
             lambda gxe: gxe.ExpectColumnValuesToBeInSet(column="same_image", value_set=[""]),
-            lambda line: f"{line['place']}: the image is that of {line['same_image']}. Remove one.",
+            lambda line: (
+                f"{line['place']} ({line['split']}): the image is that of {line['same_image']} ({line['same_split']}). "
+                "Remove one."
+            ),
         ),
         Check(
             "near_duplicate_image",
             f"no two images look the same (perceptual hashes within {config.near_duplicate_bits} of 128 bits)",
             lambda gxe: gxe.ExpectColumnValuesToBeInSet(column="near_image", value_set=[""]),
             lambda line: (
-                f"{line['place']}: the image looks like {line['near_image']}. If they are two scans of one line, "
-                "remove one."
+                f"{line['place']} ({line['split']}): the image looks like {line['near_image']} ({line['near_split']}). "
+                "If they are two scans of one line, remove one."
             ),
         ),
         Check(

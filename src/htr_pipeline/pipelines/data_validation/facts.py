@@ -47,10 +47,10 @@ def collect_facts(lines: pa.Table, config: ValidationConfig, image_config: Image
         Columns of the manifest, `file` (the image, after the name of its source where there are several) and `place`
         (the same, or the line's id where the image is a page); empty text where there is nothing to find:
         unknown_characters, invisible_characters, mixed_forms, look_alikes, rare_characters, untrained_characters (words
-        for what the text has of them), same_image, near_image (id of the earlier line), other_page (page of another
-        split with the same text); numbers: aspect, frames, most_frames (where small letters are enlarged),
-        required_frames, spare_frames (of the most), texts_of_image, width_per_character (in line heights) and
-        width_deviation (in standard deviations from the writer's norm).
+        for what the text has of them), same_image, near_image (id of the earlier line), same_split, near_split (its
+        split), other_page (page of another split with the same text); numbers: aspect, frames, most_frames (where small
+        letters are enlarged), required_frames, spare_frames (of the most), texts_of_image, width_per_character (in line
+        heights) and width_deviation (in standard deviations from the writer's norm).
         writer_splits names the splits of the line's writer, page_splits those of its page, image_splits of its image.
     """
     frame = lines.select(_COLUMNS).to_pandas().rename(columns={"image_path": "file"})
@@ -74,9 +74,11 @@ def collect_facts(lines: pa.Table, config: ValidationConfig, image_config: Image
     frame["texts_of_image"] = pd.Series(frame["text"].factorize()[0]).groupby(images).transform("nunique")
     rows = pd.Series(np.arange(len(frame)))
     first = rows.groupby(images).transform("first")
-    frame["same_image"] = _ids_at(frame, first.where(first < rows, -1).to_numpy(np.int64))
+    same = first.where(first < rows, -1).to_numpy(np.int64)
+    frame["same_image"], frame["same_split"] = _at(frame["line_id"], same), _at(frame["split"], same)
     frame["image_splits"] = _splits_of(frame, "content_hash")
-    frame["near_image"] = _ids_at(frame, _near_images(frame["image_hash"].where(first == rows), config))
+    near = _near_images(frame["image_hash"].where(first == rows), config)
+    frame["near_image"], frame["near_split"] = _at(frame["line_id"], near), _at(frame["split"], near)
     frame["other_page"] = _pages_of_same_text(frame)
     frame["writer_splits"] = _splits_of_writer(frame)
     # Without pages in the source, a page is what one writer wrote.
@@ -214,11 +216,11 @@ def _add_width_deviation(frame: pd.DataFrame) -> None:
 # Duplicates
 
 
-def _ids_at(frame: pd.DataFrame, rows: np.ndarray) -> pd.Series:
-    """The line_id of the row that each line names; empty for -1."""
-    ids = np.full(len(frame), "", object)
-    ids[rows >= 0] = frame["line_id"].iloc[rows[rows >= 0]]
-    return pd.Series(ids, dtype="str")
+def _at(column: pd.Series, rows: np.ndarray) -> pd.Series:
+    """The value of the row that each line names; empty for -1."""
+    values = np.full(len(column), "", object)
+    values[rows >= 0] = column.iloc[rows[rows >= 0]]
+    return pd.Series(values, dtype="str")
 
 
 def _near_images(hashes: pd.Series, config: ValidationConfig) -> np.ndarray:
