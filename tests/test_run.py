@@ -169,6 +169,7 @@ def test_training_can_start_from_an_alias_and_knows_its_version(toy, monkeypatch
     assert start.name == "models:/htr/1"
     assert start.charset().to_json() == catalog(toy.project)["charset"].read_text(encoding="utf-8")
     assert StartingPoint.find("models:/htr/1/").content_hash() == start.content_hash()
+    assert StartingPoint.find("models:/htr/latest").name == "models:/htr/1"
     kept = subprocess.run(
         [sys.executable, "-c", _PRINT_PATH_OF_MODEL], capture_output=True, text=True, timeout=100, check=True
     ).stdout.strip()

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import struct
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from htr_pipeline.core.image import (
     ImageConfig,
     differing_settings,
     find_near_duplicates,
+    image_size,
     largest_width,
     normalise_line,
     num_frames,
@@ -94,10 +96,49 @@ def test_an_image_is_brought_to_grey_in_bands_without_a_seam(monkeypatch):
         np.testing.assert_array_equal(read_image(file_bytes(image)), whole)
 
 
-def test_a_photo_is_turned_as_its_exif_says():
+UPRIGHT = np.kron(np.array([[0, 80, 160], [255, 40, 120]], np.uint8), np.ones((32, 48), np.uint8))
+STORED = {  # by EXIF orientation (CIPA DC-008, 4.6.5.1.6)
+    1: UPRIGHT,
+    2: UPRIGHT[:, ::-1],
+    3: UPRIGHT[::-1, ::-1],
+    4: UPRIGHT[::-1],
+    5: UPRIGHT.T,
+    6: UPRIGHT.T[::-1],
+    7: UPRIGHT.T[::-1, ::-1],
+    8: UPRIGHT.T[:, ::-1],
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "raw TIFF", "packed TIFF"])
+def test_an_image_is_turned_as_its_exif_says(tmp_path, orientation, form):
     exif = Image.Exif()
-    exif[0x0112] = 6
-    assert read_image(file_bytes(Image.new("L", (40, 10)), "JPEG", exif=exif)).shape == (40, 10)
+    exif[0x0112] = orientation
+    options = {"compression": "tiff_lzw"} if form == "packed TIFF" else {}
+    data = file_bytes(
+        Image.fromarray(np.ascontiguousarray(STORED[orientation])), form.split()[-1], exif=exif, **options
+    )
+    file = tmp_path / "image"
+    file.write_bytes(data)
+    for source in (file, data):
+        assert read_image(source).shape == UPRIGHT.shape
+        assert np.abs(read_image(source).astype(int) - UPRIGHT).max() <= (20 if form == "JPEG" else 0)
+    assert image_size(file) == (144, 64)
+
+
+SIDEWAYS = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)  # a number, as it should be
+UNIT_IN_LETTERS = struct.pack(">HHI4s", 0x0128, 2, 4, b"cm\0\0")
+
+
+@pytest.mark.parametrize(
+    ("entries", "width"), [([SIDEWAYS], 10), ([SIDEWAYS, UNIT_IN_LETTERS], 10), ([b"\1\x12\0\2\0\0\0\0026\0\0\0"], 40)]
+)
+def test_a_damaged_exif_makes_no_image_unreadable(tmp_path, entries, width):
+    directory = struct.pack(">H", len(entries)) + b"".join(entries) + bytes(4)
+    data = file_bytes(Image.new("L", (40, 10)), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08" + directory)
+    (tmp_path / "image.jpg").write_bytes(data)
+    assert read_image(data).shape[1] == width
+    assert image_size(tmp_path / "image.jpg")[0] == width
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,7 @@ def test_characters_that_xml_cannot_hold_are_replaced():
         (b"<PcGts>", "not well-formed"),
         (b"<alto/>", "expected <PcGts>, got <alto>"),
         (b"<PcGts/>", "there is no line with the id l1"),
+        (b'<PcGts><TextLine id="l1"/><TextLine id="l1"/></PcGts>', "several lines have the id l1"),
         (b'<!DOCTYPE PcGts [<!ENTITY a "aa"><!ENTITY b "&a;&a;">]><PcGts>&b;</PcGts>', "DOCTYPE"),
         (b'<!DOCTYPE PcGts SYSTEM "file:///etc/passwd"><PcGts/>', "DOCTYPE"),
         (b'<?xml version="1.0" encoding="nonsense"?><PcGts/>', "not well-formed"),

@@ -16,6 +16,7 @@ def test_the_database_lies_in_the_project_and_the_environment_goes_first(monkeyp
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     assert tracking_uri(Path("/project"), SETTINGS) == "http://host:5000"
     assert database_of("http://host:5000") is None
+    assert database_of("sqlite:///mlflow.db?timeout=30") == Path("mlflow.db")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any, cast
 import cv2
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from htr_pipeline.core.config import UserError, config, setting
 
@@ -24,7 +24,18 @@ MAX_IMAGE_PIXELS = 100_000_000
 MAX_IMAGE_SIDE = 65_500  # the most that JPEG can have
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
 # Raised when the same image and the same settings give other pixels than before, here or in core/cutting.py.
-_NORMALISATION_VERSION = 7
+_NORMALISATION_VERSION = 8
+# How an image is brought upright, by its EXIF orientation, and the orientations that lie on the side.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ON_THE_SIDE = (5, 6, 7, 8)
 _PIXELS_AT_A_TIME = 4_000_000  # that are brought to grey together
 _MAX_FRAMES = 100  # of a TIFF, that are looked at
 _WHITES_OF_16_BITS = (1023.0, 4095.0, 16383.0, 65535.0)
@@ -90,8 +101,11 @@ def read_image(source: Path | bytes) -> np.ndarray:
     """
     name = str(source) if isinstance(source, Path) else f"{len(source)} bytes of image data"
     try:
-        stream: Path | io.BytesIO = source if isinstance(source, Path) else io.BytesIO(source)
-        with Image.open(stream, formats=IMAGE_FORMATS) as image:
+        with (
+            # Not by its path: Pillow 13 maps such a file into memory and scrambles a TIFF that lies on its side.
+            source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as stream,
+            Image.open(stream, formats=IMAGE_FORMATS) as image,
+        ):
             width, height = image.size
             if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
                 raise UserError(
@@ -99,8 +113,9 @@ def read_image(source: Path | bytes) -> np.ndarray:
                     "side. Cut the page into lines."
                 )
             _check_single(image, name)
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_grey(image, name)
+            image.load()  # which turns a TIFF
+            turn = _TURNS.get(_orientation(image))
+            return _to_grey(image if turn is None else image.transpose(turn), name)
     except FileNotFoundError:
         raise UserError(f"{name}: there is no such file.") from None
     except Image.DecompressionBombError:
@@ -113,6 +128,30 @@ def read_image(source: Path | bytes) -> np.ndarray:
         raise
     except Exception as exc:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
         raise UserError(f"{name}: the image cannot be decoded ({exc}). Export it again as PNG.") from exc
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """Width and height in pixels of an image as read_image gives it; only the file's beginning is read.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            width, height = image.size  # of a TIFF as turned
+            on_the_side = image.format != "TIFF" and _orientation(image) in _ON_THE_SIDE
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as exc:
+        raise UserError(f"{file}: the image cannot be opened ({exc}).") from exc
+    return (height, width) if on_the_side else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8; 1, upright, also where EXIF is damaged, which makes the image no worse."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # struct.error, SyntaxError and others
+        return 1
+    return value if isinstance(value, int) else 1
 
 
 def _check_single(image: Image.Image, name: str) -> None:
@@ -237,7 +276,7 @@ def scaled_width(width_pixels: int, height_pixels: int, config: ImageConfig) -> 
 
 
 def largest_width(width_pixels: int, height_pixels: int, config: ImageConfig) -> int:
-    """The width of a line that a look at its pixels cannot exceed: that of one whose letters are small."""
+    """The width of a line that a look at its pixels cannot exceed, but for deslanting: that of one of small letters."""
     enlarged = round(width_pixels * _SCALES[1]) if config.even_size else width_pixels
     return scaled_width(enlarged, height_pixels, config)
 

@@ -30,7 +30,8 @@ class StartingPoint:
     """Two files, and beside them perhaps what says how the lines were made that the network was trained on.
 
     Attributes:
-        name: where they were found: as it was given, but for an alias of the registry, in whose place is the version.
+        name: where they were found: as given, but for an alias of the registry or `latest`, in whose place is the
+            version.
         model_path: a .keras file.
         charset_path: its charset.json.
     """
@@ -184,7 +185,7 @@ def num_learnt(provenance: Mapping[str, Any], content_hashes: Iterable[str], tra
 
 
 def _registered(uri: str, setting: str) -> tuple[str, Path]:
-    """The URI with a version in place of an alias, and a folder with the files."""
+    """The URI with a version in place of an alias or of `latest`, and a folder with the files."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -196,8 +197,13 @@ def _registered(uri: str, setting: str) -> tuple[str, Path]:
     found = uri.rstrip("/")
     model, at, alias = found.removeprefix("models:/").partition("@")
     try:
+        client = mlflow.MlflowClient()
         if at:
-            found = f"models:/{model}/{mlflow.MlflowClient().get_model_version_by_alias(model, alias).version}"
+            found = f"models:/{model}/{client.get_model_version_by_alias(model, alias).version}"
+        elif model.endswith("/latest"):
+            name = model.removesuffix("/latest")
+            versions = client.search_model_versions(f"name = '{name}'", 1, ["version_number DESC"])
+            found = f"models:/{name}/{versions[0].version}" if versions else found
         return found, _download(mlflow.get_registry_uri(), found)
     except (MlflowException, OSError) as exc:
         raise UserError(without_passwords(f"{setting} = {uri!r}: MLflow: {exc}")) from None

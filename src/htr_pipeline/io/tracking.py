@@ -40,7 +40,7 @@ def tracking_uri(project: Path, settings: Mapping[str, Any]) -> str:
 
 def database_of(uri: str) -> Path | None:
     """The file of an embedded database; None for a server."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
 def without_passwords(text: str) -> str:

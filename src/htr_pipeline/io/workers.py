@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from htr_pipeline.core.config import UserError
+from htr_pipeline.core.threads import num_cores
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -39,7 +40,7 @@ def map_jobs(
     Raises:
         UserError: the cluster cannot be reached or lost its workers, or a process died.
     """
-    num_workers = num_workers or os.cpu_count() or 1
+    num_workers = num_workers or num_cores()
     if dask_address is None and num_workers == 1:
         yield from map(function, jobs)
         return

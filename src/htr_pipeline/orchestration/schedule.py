@@ -169,6 +169,8 @@ def run_kedro(arguments: Sequence[str]) -> int:
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         process = subprocess.Popen([sys.executable, "-m", "kedro", *arguments])
+        if asked:  # before there was a process to pass it on to
+            process.send_signal(asked)
         code = process.wait()
     finally:
         for number, handler in before.items():

@@ -27,7 +27,7 @@ from htr_pipeline.core.ctc.kernel_search import (
 )
 from htr_pipeline.core.ctc.language_model import CharacterNGram, WordNGram
 from htr_pipeline.core.ctc.lexicon import Lexicon, is_letter
-from htr_pipeline.core.ctc.threads import num_cores, thread_pool
+from htr_pipeline.core.threads import num_cores, thread_pool
 
 # A log-softmax in half precision may end up this much above zero by rounding; logits and probabilities lie far above.
 _LOG_PROB_TOLERANCE = 1e-2

@@ -24,7 +24,7 @@ from htr_pipeline.core.ctc.problems import (
     LABEL_LENGTH,
     LOGIT_LENGTH,
 )
-from htr_pipeline.core.ctc.threads import num_cores, thread_pool
+from htr_pipeline.core.threads import num_cores, thread_pool
 
 NEVER = -1e250  # the power of two of an impossible path
 FORBIDDEN_BELOW = -1e150  # a class that far below the best of its frame has probability 0

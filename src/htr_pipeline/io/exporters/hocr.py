@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from htr_pipeline.core.config import UserError
-from htr_pipeline.core.image import IMAGE_FORMATS
+from htr_pipeline.core.image import image_size
 from htr_pipeline.core.text import visual_order
 from htr_pipeline.io.exporters.xml_edit import markup, quote
 
@@ -49,7 +47,7 @@ def to_hocr(page_id: str, lines: list[dict[str, Any]], root: Path) -> bytes:
     for index, (image, image_lines) in enumerate(images.items(), start=1):
         on_page = image_lines[0]["polygon"] is not None
         first = image_lines[0]
-        width, height = _size(root / image) if on_page else (first["width_pixels"], first["height_pixels"])
+        width, height = image_size(root / image) if on_page else (first["width_pixels"], first["height_pixels"])
         title = f"image {_property(image)}; bbox 0 0 {width} {height}; ppageno {index - 1}"
         parts.append(f'  <div class="ocr_page" id="page_{index}" title={quote(title)}>\n')
         for line in image_lines:
@@ -94,14 +92,3 @@ def _words(box: tuple[int, int, int, int]) -> str:
 def _property(path: str) -> str:
     """A path as a string of an hOCR property, which has backslashes for quotation marks."""
     return '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _size(image: Path) -> tuple[int, int]:
-    """Width and height in pixels as the lines' polygons have them: turned as the image says."""
-    try:
-        with Image.open(image, formats=IMAGE_FORMATS) as opened:
-            width, height = opened.size
-            turned = opened.getexif().get(0x0112, 1) >= 5  # the orientations that lie on the side
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as exc:
-        raise UserError(f"{image}: the page's image cannot be opened ({exc}).") from exc
-    return (height, width) if turned else (width, height)

@@ -103,8 +103,17 @@ def _open(data: bytes, root: str, id_name: str, new_texts: Mapping[str, NewText]
     xml = XmlFile(data)
     if xml.root.name != root:
         raise UserError(f"expected <{root}>, got <{xml.root.name}>. Was the file changed since the import?")
-    # Of two lines with one id the importer takes the first.
-    lines = {line.attributes.get(id_name, ""): line for line in reversed(list(xml.root.iter("TextLine")))}
+    lines: dict[str, Element] = {}
+    doubled = set()
+    for line in xml.root.iter("TextLine"):
+        line_id = line.attributes.get(id_name, "")
+        if lines.setdefault(line_id, line) is not line and line_id in new_texts:
+            doubled.add(line_id)
+    if doubled:
+        raise UserError(
+            f"several lines have the id {', '.join(sorted(doubled)[:3])}, so that it cannot be said which was read. "
+            "Give each an id of its own, and read the page again."
+        )
     if missing := [line_id for line_id in new_texts if line_id not in lines]:
         raise UserError(
             f"there is no line with the id {', '.join(missing[:3])}. Was the file changed since the import? "

@@ -11,7 +11,6 @@ _recognise.
 
 import hashlib
 import logging
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.cutting import cut_line
 from htr_pipeline.core.image import perceptual_hash, read_image
 from htr_pipeline.core.text import UNICODE_FORMS, normalise_text, visual_text
+from htr_pipeline.core.threads import num_cores
 from htr_pipeline.io.importers.alto import ALTO
 from htr_pipeline.io.importers.iam import is_iam, read_iam
 from htr_pipeline.io.importers.lines import IMAGE_SUFFIXES, has_images, has_lines, read_lines
@@ -293,7 +293,7 @@ def _in_threads(
     finish: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], parts: Iterator[list[dict[str, Any]]]
 ) -> Iterator[list[dict[str, Any]]]:
     """Finished rows in the order of the parts, some at a time: all of a million as mappings would take gigabytes."""
-    num_threads = min(os.cpu_count() or 1, _MAX_THREADS)
+    num_threads = min(num_cores(), _MAX_THREADS)
     with ThreadPool(num_threads) as pool, tqdm(desc="Reading line images", unit="line") as bar:
         while some := list(islice(parts, _PARTS_A_THREAD * num_threads)):
             finished = list(chain.from_iterable(pool.map(finish, some)))

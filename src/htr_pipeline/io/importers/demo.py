@@ -14,7 +14,6 @@ import hashlib
 import importlib.resources
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from htr_pipeline.core.config import UserError, config, setting
 from htr_pipeline.core.synthesis import Font, draw_style, render_line
+from htr_pipeline.core.threads import num_cores
 from htr_pipeline.io.atomic import partial_path, remove_leftovers, replace_folder
 from htr_pipeline.io.workers import map_jobs
 
@@ -146,7 +146,7 @@ def render_demo(folder: str | Path, config: DemoConfig, progress: bool = True) -
     partial = partial_path(folder)
     try:
         (partial / "lines").mkdir(parents=True)
-        _render_writers(partial, writers, config.num_workers or os.cpu_count() or 1, progress)
+        _render_writers(partial, writers, config.num_workers or num_cores(), progress)
         table = ["\t".join(COLUMNS)] + ["\t".join(row.values()) for writer in writers for row in writer.rows()]
         (partial / _TABLE).write_text("\n".join(table) + "\n", encoding="utf-8", newline="\n")
         (partial / _RECORD).write_text(record, encoding="utf-8")
