@@ -1,4 +1,4 @@
-"""Lines read a second, beside kraken and PyLaia: line images to texts.
+r"""Lines read a second, beside kraken and PyLaia: line images to texts.
 
     python benchmarks/transcription.py LINES --kraken PATH/TO/kraken --kraken-model best.safetensors \
         --pylaia PATH/TO/pylaia-htr-decode-ctc --pylaia-folder FOLDER

@@ -2,6 +2,7 @@ import pytest
 from kedro.config import MissingConfigException
 
 from htr_pipeline.config_loader import LayeredConfigLoader
+from htr_pipeline.core.config import UserError
 from htr_pipeline.settings import CONFIG_LOADER_ARGS
 
 
@@ -33,6 +34,23 @@ def test_settings_of_the_machine_stay_in_force_with_an_environment(conf):
     assert load(conf, "finetune") == {"source": source, "training": {"epochs": 30, "seed": 7, "rate": 2}}
     given = load(conf, "finetune", training={"epochs": 3})
     assert given == {"source": source, "training": {"epochs": 3, "seed": 7, "rate": 2}}
+
+
+@pytest.mark.parametrize("env", [None, "finetune"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"source:\n\tpath: x\n", r"cannot be read as YAML: .*line 2"),
+        (b"source: path: x\n", "cannot be read as YAML: mapping values are not allowed"),
+        (b"source: {path: x}\nsource: {path: y}\n", "cannot be read as YAML: .*found duplicate key source"),
+        (b"\xff\xfe\n", "cannot be read as YAML: .*codec can't decode"),
+        (b"- a\n", "expected settings, a NAME: VALUE on each line, got a list"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_named(conf, env, content, message):
+    (conf / "local/parameters.yml").write_bytes(content)
+    with pytest.raises(UserError, match=rf"(?s)local/parameters\.yml: {message}"):
+        load(conf, env)
 
 
 def test_what_an_environment_does_not_speak_of_is_the_machines(conf):

@@ -106,6 +106,9 @@ def test_the_column_of_images_is_taken_by_its_name_or_as_the_only_one(tmp_path, 
     texts = read(loaded, images)["text"].tolist()
     for frame in (pd.DataFrame({"id": [1, 2, 3], "image": images}), pd.DataFrame({"scan": images})):
         assert loaded.predict(None, frame)["text"].tolist() == texts
+    doubled = pd.DataFrame([["a", "b"]], columns=["image", "image"])
+    with pytest.raises(MlflowException, match="There are several columns image: expected one"):
+        loaded.predict(None, doubled)
     with pytest.raises(MlflowException, match=r"The columns are id, scan: expected a column image"):
         loaded.predict(None, pd.DataFrame({"id": [1, 2, 3], "scan": images}))
 

@@ -30,6 +30,7 @@ from htr_pipeline.io.tracking import JOINT_RUN, little_patience, tracking_uri, w
 _RETRAINED = Path("data/.retrained.json")  # the lines of the last retraining by `kedro schedule`
 _RETRAINING_ENV = "finetune"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 _FORMATS = click.Choice(("page", "alto", "text", "tsv", "hocr"))  # io.exporters.FORMATS, which takes a while to import
 # How Kedro's ValueErrors begin about a pipeline, nodes and tags that there are not.
 _MISTYPED = ("Failed to find the pipeline", "Pipeline does not contain", "Pipeline contains no nodes")
@@ -64,6 +65,11 @@ def errors_in_words() -> Iterator[None]:
                 raise click.ClickException(
                     f"There is no room left to write to ({cause}). Make room: the same command goes on with what was "
                     "finished."
+                ) from exc
+            if isinstance(cause, OSError) and cause.errno in _FORBIDDEN:
+                raise click.ClickException(
+                    f"{cause.filename}: {cause.strerror}. Give yourself the right to read and write there, or work in "
+                    "a copy of the project."
                 ) from exc
             if type(cause).__name__ == "MlflowException":  # which is not imported for every command
                 raise click.ClickException(

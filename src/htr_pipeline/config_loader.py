@@ -6,6 +6,8 @@ from typing import Any
 from kedro.config import MissingConfigException, OmegaConfigLoader
 from omegaconf import OmegaConf
 
+from htr_pipeline.core.config import UserError
+
 
 class LayeredConfigLoader(OmegaConfigLoader):
     """Kedro's loader, which leaves conf/local out where there is an `--env`; this machine's settings stay in force."""
@@ -15,7 +17,27 @@ class LayeredConfigLoader(OmegaConfigLoader):
 
         Raises:
             MissingConfigException: there is no such environment, or none of the folders has settings of this kind.
+            UserError: one of their files cannot be read.
         """
+        try:
+            return self._layers(key)
+        except MissingConfigException:
+            raise
+        except Exception:
+            self._look_at_files()
+            raise
+
+    def _look_at_files(self) -> None:
+        """Raises UserError for the first file that is no YAML with names and values."""
+        for file in sorted(Path(self.conf_source).rglob("*.yml")):
+            try:
+                found = OmegaConf.load(file)
+            except Exception as exc:  # PyYAML's, OmegaConf's and those of reading
+                raise UserError(f"{file}: cannot be read as YAML: {exc}") from exc
+            if not OmegaConf.is_dict(found):
+                raise UserError(f"{file}: expected settings, a NAME: VALUE on each line, got a list.")
+
+    def _layers(self, key: str) -> dict[str, Any]:
         env = self.env
         if key in self or not env or env in (self.base_env, self.default_run_env):
             return super().__getitem__(key)

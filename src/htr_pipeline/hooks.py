@@ -32,6 +32,7 @@ from htr_pipeline.io.checkpoints import FileCheckpoints, check_place
 from htr_pipeline.io.tracking import (
     JOINT_RUN,
     database_of,
+    is_of_the_disk,
     little_patience,
     mlflow_error,
     tracking_uri,
@@ -121,6 +122,9 @@ class SettingsHook:
         from htr_pipeline.io.starting_point import StartingPoint
 
         made, params = pipeline.all_outputs(), self._params
+        blocks = {name.removeprefix("params:") for name in pipeline.inputs() if name.startswith("params:")}
+        if missing := sorted(blocks - params.keys()):
+            raise UserError(f"conf/ has no settings of {', '.join(missing)}. Fetch its files anew: git checkout conf.")
         if "model" in made and (start := params["training"].start_from) and not start.startswith("models:"):
             StartingPoint.find(start)
         for output, block, name in _MADE_WITH_FILES:
@@ -271,6 +275,8 @@ class MlflowHook:
             except (MlflowException, OSError):
                 raise
             except Exception as exc:  # whatever comes out of SQLAlchemy and Alembic
+                if is_of_the_disk(exc):
+                    raise mlflow_error(f"sqlite:///{database}", exc) from exc
                 raise UserError(
                     f"MLflow's database {database}: its tables are not as they should be ({str(exc).splitlines()[0]}). "
                     "If the process that made them was killed, move the file away: a new one will be made. If a newer "

@@ -198,6 +198,8 @@ def _images(model_input: pd.DataFrame | Mapping[str, Any] | Iterable[Any]) -> li
             )
         return [model_input] if is_array and model_input.ndim == 2 else _as_list(model_input)
     if "image" in model_input:
+        if model_input.columns.tolist().count("image") > 1:
+            raise UserError("There are several columns image: expected one.")
         return list(model_input["image"])
     if model_input.empty:  # of an empty list of records, which has no columns
         return []

@@ -197,10 +197,10 @@ class _Readings:
     """
 
     def __init__(self, path: Path, reader: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._reader = path, reader
 
     def __enter__(self) -> "_Readings":
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._errors_in_words():
             self._database = sqlite3.connect(self._path, timeout=60.0)
             with self._database:

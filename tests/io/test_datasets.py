@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import resource
@@ -75,6 +76,13 @@ def test_a_full_disk_is_a_sentence_with_the_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_sentence(tmp_path):
+    read_only = OSError(errno.EROFS, "Read-only file system", str(tmp_path / "model.bin"))
+    with pytest.raises(ClickException, match=r"model\.bin: Read-only file system\. Give yourself the right"):
+        with errors_in_words():
+            raise read_only
 
 
 def test_dataset_that_fails_to_save_keeps_the_old_document(tmp_path):

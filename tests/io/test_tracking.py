@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.io.tracking import database_of, little_patience, tracking_uri, without_passwords
+from htr_pipeline.io.tracking import database_of, little_patience, mlflow_error, tracking_uri, without_passwords
 
 SETTINGS = {"tracking_uri": "sqlite:///mlflow.db", "artifact_path": "mlartifacts", "experiment": "letters"}
 
@@ -17,6 +17,17 @@ def test_the_database_lies_in_the_project_and_the_environment_goes_first(monkeyp
     assert tracking_uri(Path("/project"), SETTINGS) == "http://host:5000"
     assert database_of("http://host:5000") is None
     assert database_of("sqlite:///mlflow.db?timeout=30") == Path("mlflow.db")
+
+
+@pytest.mark.parametrize("words", ["disk I/O error", "attempt to write a readonly database"])
+def test_a_database_that_the_disk_refuses_is_not_said_to_be_damaged(words):
+    error = OSError(f"(sqlite3.OperationalError) {words}\n[SQL: INSERT ...]")
+    said = str(mlflow_error("sqlite:///mlflow.db", error))
+    assert said == (
+        f"MLflow's database mlflow.db cannot be read or written ((sqlite3.OperationalError) {words}). Look at the room "
+        "on its disk, at your quota, at its permissions and at what else uses it."
+    )
+    assert "The address is that of" in str(mlflow_error("http://server", error))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def replacing(path: Path) -> Iterator[Path]:
             exc.filename = exc.filename or str(path)
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that cannot be written to, which the first error says
+            partial.unlink(missing_ok=True)
 
 
 def partial_path(path: Path) -> Path:

@@ -38,9 +38,21 @@ def tracking_uri(project: Path, settings: Mapping[str, Any]) -> str:
     return uri if local == uri or local.startswith("/") else f"sqlite:///{project / local}"
 
 
+_OF_THE_DISK = ("disk I/O error", "readonly database", "disk is full", "unable to open", "database is locked")
+
+
 def database_of(uri: str) -> Path | None:
     """The file of an embedded database; None for a server."""
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def is_of_the_disk(exc: Exception) -> bool:
+    """Whether SQLite could not use its file, which is no fault of the tables in it."""
+    return any(words in str(exc) for words in _OF_THE_DISK)
+
+
+def _first_line(exc: Exception) -> str:
+    return (str(exc).splitlines() or [repr(exc)])[0]
 
 
 def without_passwords(text: str) -> str:
@@ -66,5 +78,10 @@ def little_patience() -> Iterator[None]:
 
 def mlflow_error(uri: str, exc: Exception) -> UserError:
     """What MLflow, or the way to it, said."""
+    if (database := database_of(uri)) and is_of_the_disk(exc):
+        return UserError(
+            f"MLflow's database {database} cannot be read or written ({_first_line(exc)}). Look at the room on its "
+            "disk, at your quota, at its permissions and at what else uses it."
+        )
     advice = "The address is that of MLFLOW_TRACKING_URI in the environment, or else of mlflow.yml in conf/."
     return UserError(without_passwords(f"MLflow at {uri}: {exc} {advice}"))

@@ -48,7 +48,8 @@ def map_jobs(
         pending: deque[Future[Result]] = deque()
         try:
             for job in jobs:
-                pending.append(executor.submit(function, job))
+                with _interrupts_later():  # a process that is started now shall not take Ctrl-C for itself
+                    pending.append(executor.submit(function, job))
                 if len(pending) == 2 * size:
                     yield _result(pending.popleft(), check)
             while pending:
@@ -56,6 +57,19 @@ def map_jobs(
         finally:
             for future in pending:
                 future.cancel()
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Holds Ctrl-C back; processes that are started meanwhile never get it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _result(future: Future[Result], check: Callable[[], None]) -> Result:

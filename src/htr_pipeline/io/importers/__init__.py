@@ -254,6 +254,11 @@ def _recognise(path: Path, needs_text: bool) -> str:
         return formats[0]
     if not needs_text and has_images(path):
         return "lines"
+    if not needs_text:
+        raise UserError(
+            f"{path}: no lines recognised. {_contents(path)} Expected images of lines (.png, .jpg, .tif), a table "
+            f"({', '.join(TABLE_SUFFIXES)}) with images, or pages with PAGE or ALTO files (.xml)."
+        )
     raise UserError(
         f"source.path = {str(path)!r}: no lines recognised. {_contents(path)} Expected images (.png, .jpg, .tif) with "
         f"NAME.gt.txt or NAME.txt beside each, a table ({', '.join(TABLE_SUFFIXES)}) with images and texts, pages with "

@@ -411,7 +411,7 @@ def draw_learning_curves(history: pa.Table) -> str:
     """History → learning_curves: loss, CER and learning rate by epoch, an SVG picture."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     rows = history.to_pydict()
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -425,6 +425,7 @@ def draw_learning_curves(history: pa.Table) -> str:
         for column in columns:
             axes.plot(rows["epoch"], rows[column], marker=".", label=column.replace("_", " "))
         axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
         positive = [value for column in columns for value in rows[column] if value > 0 and math.isfinite(value)]
