@@ -96,6 +96,13 @@ def test_coords_without_an_area_become_a_band_around_the_baseline(source):
     assert first["baseline"] == [[40, 80], [240, 80]]
 
 
+def test_coords_without_an_area_and_no_baseline_are_no_geometry(source):
+    add(source, "transkribus_2013.xml", change={'<Baseline points="40,80 240,80"/>': ""})
+    (rejected,) = [row for row in read(source)[1] if row["reason"] == "bad_geometry"]
+    assert rejected["line_id"].endswith("/l1")
+    assert "it has neither polygon, box nor baseline. Draw the line again" in rejected["detail"]
+
+
 def test_first_of_several_texts_is_that_of_the_lowest_index_or_highest_confidence(source):
     add(source, "larex_2017.xml")
     assert texts(source)[1:] == ["corrected text", "certain text"]

@@ -66,7 +66,7 @@ def _line(element: Element) -> PageLine:
         line.problem = str(exc)
         return line
     # Transkribus writes Coords without an area where only the baseline was drawn.
-    line.polygon = polygon if has_area(polygon) or not baseline else None
+    line.polygon = polygon if has_area(polygon) else None
     line.baseline = baseline
     return line
 
