@@ -89,8 +89,10 @@ def collect_facts(lines: pa.Table, config: ValidationConfig, image_config: Image
 
 def _splits_of(frame: pd.DataFrame, column: str) -> pd.Series:
     """For each line, the splits of all lines with the same value, in words."""
-    splits = frame.groupby(column)["split"].unique().map(lambda found: " and ".join(sorted(found)))
-    return frame[column].map(splits)
+    # Only few values are in several splits, and words for each of a million would take most of the time.
+    several = frame["split"].groupby(frame[column].factorize()[0]).transform("nunique") > 1
+    splits = frame[several].groupby(column)["split"].unique().map(lambda found: " and ".join(sorted(found)))
+    return frame[column].map(splits).fillna(frame["split"]).astype("str")
 
 
 def _splits_of_writer(frame: pd.DataFrame) -> pd.Series:
