@@ -214,3 +214,11 @@ def test_words_are_one_parameter_of_mlflow_however_many_there_are():
     assert _flat(few, whole=("hot_words",)) == flat
     many = {"hot_words": {f"word{'x' * 20}{index}": 1.0 for index in range(900)}}
     assert _flat(many, whole=("hot_words",))["hot_words"].startswith("900 entries, SHA-256 ")
+
+
+def test_a_block_without_settings_is_named_and_a_part_of_a_block_is_one_of_it():
+    hook = SettingsHook()
+    hook._params = {"training": {"epochs": 1}}
+    hook._look_for_files(Pipeline([Node(print, "params:training.epochs", "printed")]))
+    with pytest.raises(UserError, match=r"conf/ has no settings of model\. Fetch its files anew"):
+        hook._look_for_files(Pipeline([Node(print, ["params:training", "params:model"], "printed")]))

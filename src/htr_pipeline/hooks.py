@@ -122,8 +122,8 @@ class SettingsHook:
         from htr_pipeline.io.starting_point import StartingPoint
 
         made, params = pipeline.all_outputs(), self._params
-        blocks = {name.removeprefix("params:") for name in pipeline.inputs() if name.startswith("params:")}
-        if missing := sorted(blocks - params.keys()):
+        asked = (name.removeprefix("params:") for name in pipeline.inputs() if name.startswith("params:"))
+        if missing := sorted({name.partition(".")[0] for name in asked} - params.keys()):
             raise UserError(f"conf/ has no settings of {', '.join(missing)}. Fetch its files anew: git checkout conf.")
         if "model" in made and (start := params["training"].start_from) and not start.startswith("models:"):
             StartingPoint.find(start)

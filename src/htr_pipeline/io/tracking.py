@@ -51,10 +51,6 @@ def is_of_the_disk(exc: Exception) -> bool:
     return any(words in str(exc) for words in _OF_THE_DISK)
 
 
-def _first_line(exc: Exception) -> str:
-    return (str(exc).splitlines() or [repr(exc)])[0]
-
-
 def without_passwords(text: str) -> str:
     """An address, or a text with addresses in it, without the user and password that they may hold."""
     return re.sub(r"(?<=://)[^/\s]*@", "", text)
@@ -80,8 +76,8 @@ def mlflow_error(uri: str, exc: Exception) -> UserError:
     """What MLflow, or the way to it, said."""
     if (database := database_of(uri)) and is_of_the_disk(exc):
         return UserError(
-            f"MLflow's database {database} cannot be read or written ({_first_line(exc)}). Look at the room on its "
-            "disk, at your quota, at its permissions and at what else uses it."
+            f"MLflow's database {database} cannot be read or written ({str(exc).splitlines()[0]}). Look at the room on "
+            "its disk, at your quota, at its permissions and at what else uses it."
         )
     advice = "The address is that of MLFLOW_TRACKING_URI in the environment, or else of mlflow.yml in conf/."
     return UserError(without_passwords(f"MLflow at {uri}: {exc} {advice}"))

@@ -10,6 +10,7 @@ Only the texts of lines that were read are changed, each with its confidence, an
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -103,15 +104,12 @@ def _open(data: bytes, root: str, id_name: str, new_texts: Mapping[str, NewText]
     xml = XmlFile(data)
     if xml.root.name != root:
         raise UserError(f"expected <{root}>, got <{xml.root.name}>. Was the file changed since the import?")
-    lines: dict[str, Element] = {}
-    doubled = set()
-    for line in xml.root.iter("TextLine"):
-        line_id = line.attributes.get(id_name, "")
-        if lines.setdefault(line_id, line) is not line and line_id in new_texts:
-            doubled.add(line_id)
-    if doubled:
+    elements = list(xml.root.iter("TextLine"))
+    ids = [element.attributes.get(id_name, "") for element in elements]
+    lines, counts = dict(zip(ids, elements, strict=True)), Counter(ids)
+    if doubled := sorted(line_id for line_id in new_texts if counts[line_id] > 1):
         raise UserError(
-            f"several lines have the id {', '.join(sorted(doubled)[:3])}, so that it cannot be said which was read. "
+            f"several lines have the id {', '.join(doubled[:3])}, so that it cannot be said which was read. "
             "Give each an id of its own, and read the page again."
         )
     if missing := [line_id for line_id in new_texts if line_id not in lines]:

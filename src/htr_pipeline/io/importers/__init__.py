@@ -252,9 +252,9 @@ def _recognise(path: Path, needs_text: bool) -> str:
         )
     if formats:
         return formats[0]
-    if not needs_text and has_images(path):
-        return "lines"
     if not needs_text:
+        if has_images(path):
+            return "lines"
         raise UserError(
             f"{path}: no lines recognised. {_contents(path)} Expected images of lines (.png, .jpg, .tif), a table "
             f"({', '.join(TABLE_SUFFIXES)}) with images, or pages with PAGE or ALTO files (.xml)."
@@ -409,14 +409,13 @@ def _on_image(row: dict[str, Any], width: int, height: int) -> tuple[list[list[i
     page_width, page_height = row["page_size"] or (width, height)
     scale = np.array([width / page_width, height / page_height])
     if abs(scale[0] / scale[1] - 1) > MAX_DISTORTION:
-        turned = abs(page_width / page_height * width / height - 1) <= MAX_DISTORTION
+        guess = advice = ""
+        if abs(page_width / page_height * width / height - 1) <= MAX_DISTORTION:
+            guess = ", or the other way round without its EXIF orientation, by which it is turned"
+            advice = ", or remove the orientation: exiftool -Orientation= FILE"
         raise UserError(
             f"the XML describes a page of {page_width:g} x {page_height:g}, {row['image_path']} has {width} x {height} "
-            "pixels"
-            + (", or the other way round without its EXIF orientation, by which it is turned" if turned else "")
-            + ". Give the image that was transcribed, not turned and not cut"
-            + (", or remove the orientation: exiftool -Orientation= FILE" if turned else "")
-            + "."
+            f"pixels{guess}. Give the image that was transcribed, not turned and not cut{advice}."
         )
 
     def place(points: list[list[float]]) -> list[list[int]]:

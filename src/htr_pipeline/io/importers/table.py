@@ -93,8 +93,7 @@ def _rows_of_table(
     if config.split != "given":
         names.pop("split", None)
     split = _split_of(file) if is_split else None
-    by_folder = config.split == "given" and not split
-    splits = _split_folders(file, names, config) if by_folder else SplitFolders([])
+    splits = _split_folders(file, names, config) if config.split == "given" and not split else None
     table = file.relative_to(root).with_suffix("").as_posix() if is_named_alike else file.stem
     num_texts = num_quoted = num_doubled = 0
     for number, values in rows:
@@ -103,7 +102,7 @@ def _rows_of_table(
         num_texts += bool(text)
         num_quoted += len(text) > 1 and text[0] == text[-1] == '"'
         num_doubled += _is_quoted_cell(text)
-        of_folder, _ = splits.parse(_folders(values, names))
+        of_folder = splits.parse(_folders(values, names))[0] if splits else None
         yield row | {"split": row.get("split") or split or of_folder}
     if file.suffix.lower() == ".tsv" and (num_doubled or num_quoted > num_texts / 2):
         logger.warning(
@@ -119,16 +118,16 @@ def _is_quoted_cell(text: str) -> bool:
     return text == f'"{inner}"' and '""' in inner and '"' not in inner.replace('""', "")
 
 
-def _split_folders(file: Path, names: Mapping[str, str], config: "SourceConfig") -> SplitFolders:
-    """The folders of the images of a text table without a column of splits that are named like splits."""
+def _split_folders(file: Path, names: Mapping[str, str], config: "SourceConfig") -> SplitFolders | None:
+    """The folders of the images of a text table that are named like splits; None for tables that have other splits."""
     if "split" in names or "image" not in names or file.suffix.lower() == ".parquet":
-        return SplitFolders([])
+        return None
     return find_splits(file, (_folders(values, names) for _, values in _read_text_table(file)[1]), config)
 
 
 def _folders(values: Mapping[str, Any] | str, names: Mapping[str, str]) -> tuple[str, ...]:
     """Those of a row's image."""
-    image = "" if isinstance(values, str) else str(values.get(names.get("image", "")) or "")
+    image = "" if isinstance(values, str) else str(values.get(names["image"]) or "")
     return PurePosixPath(image.replace("\\", "/")).parts[:-1]
 
 
