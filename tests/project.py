@@ -120,6 +120,8 @@ def serving(folder, health, arguments, **variables):
 @contextlib.contextmanager
 def started_run(project, *arguments, until):
     """A run in a process group of its own that has come so far; killed in the end."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell in the background has it: a run would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(
         [*KEDRO, *arguments], cwd=project, env=environment(), start_new_session=True, **silent

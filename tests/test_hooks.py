@@ -1,4 +1,7 @@
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +14,7 @@ from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Node, Pipeline
 
 from htr_pipeline.core.config import UserError
-from htr_pipeline.hooks import CheckpointHook, LockHook, MlflowHook, SettingsHook, _command, _flat
+from htr_pipeline.hooks import CheckpointHook, InterruptHook, LockHook, MlflowHook, SettingsHook, _command, _flat
 from htr_pipeline.io.checkpoints import FileCheckpoints
 from htr_pipeline.pipelines.training.nodes import CheckpointConfig
 
@@ -43,6 +46,9 @@ class Run:
     def fail(self):
         self._call("on_pipeline_error", error=ValueError())
 
+    def begin_node(self):
+        self._hooks.hook.before_node_run(node=None, catalog=None, inputs={}, is_async=False, run_id="1")
+
     def _call(self, name, **arguments):
         getattr(self._hooks.hook, name)(
             run_params=self._asked, pipeline=Pipeline([]), catalog=DataCatalog({}), **arguments
@@ -55,6 +61,57 @@ class Loader(dict):
 
 def refuse():
     raise UserError("no")
+
+
+LOSES_CTRL_C = """
+import os, signal
+from htr_pipeline.hooks import InterruptHook
+from tests.test_hooks import Run
+
+class Destructed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
+run = Run(None, InterruptHook())
+run.begin()
+run.begin_node()
+Destructed()
+print("Python goes on", flush=True)
+try:
+    run.begin_node()
+except KeyboardInterrupt:
+    run.begin()
+    run.begin_node()
+    run.END()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        print("ended, and begun once more", flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", ["end", "fail"])
+def test_ctrl_c_that_python_forgets_ends_the_run_before_the_next_node(end):
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
+    script = LOSES_CTRL_C.replace("END", end)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert "KeyboardInterrupt" in done.stderr
+    assert done.stdout.splitlines() == ["Python goes on", "ended, and begun once more"], done.stderr
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run = Run(None, InterruptHook())
+        run.begin()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        run.end()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("end", [Run.end, Run.fail])

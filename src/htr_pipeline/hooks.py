@@ -9,13 +9,16 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Generator
 from datetime import datetime
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -202,6 +205,46 @@ class LockHook:
     def on_pipeline_error(self) -> None:
         """Frees the lock."""
         self._lock.release()
+
+
+class InterruptHook:
+    """Ends the run before its next node where Python has lost Ctrl-C.
+
+    What is raised in a destructor (TensorFlow has many) or in a callback of compiled code is printed and forgotten.
+    """
+
+    _asked = False
+
+    @hook_impl
+    def before_pipeline_run(self) -> None:
+        """Remembers Ctrl-C from now on, unless it is ignored or means something else here."""
+        self._asked = False
+        if (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        signal.default_int_handler(number, frame)
+
+    @hook_impl(tryfirst=True)
+    def before_node_run(self) -> None:
+        """Raises what was lost."""
+        if self._asked:
+            raise KeyboardInterrupt
+
+    @hook_impl
+    def after_pipeline_run(self) -> None:
+        """Leaves Ctrl-C as it was."""
+        if signal.getsignal(signal.SIGINT) == self._interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @hook_impl
+    def on_pipeline_error(self) -> None:
+        """Leaves Ctrl-C as it was."""
+        self.after_pipeline_run()
 
 
 class CheckpointHook:

@@ -5,7 +5,7 @@ import sys
 import warnings
 
 from htr_pipeline.config_loader import LayeredConfigLoader
-from htr_pipeline.hooks import CheckpointHook, LockHook, MlflowHook, SettingsHook
+from htr_pipeline.hooks import CheckpointHook, InterruptHook, LockHook, MlflowHook, SettingsHook
 
 # Nothing that is used here reports to anyone, TensorFlow's notes on the processor are not for users, and in a log file
 # a bar needs no line ten times a second. tqdm reads its variable when it is imported: by the pipelines, later.
@@ -22,7 +22,8 @@ for _name, _value in {
 # Kedro 1.7 with OmegaConf 2.4: nothing that a user could change.
 warnings.filterwarnings("ignore", message="register_new_resolver")
 
-HOOKS = (LockHook(), SettingsHook(), CheckpointHook(), MlflowHook())  # of two wrappers the later one is around
+# Of two wrappers the later one is around.
+HOOKS = (LockHook(), SettingsHook(), InterruptHook(), CheckpointHook(), MlflowHook())
 
 CONFIG_LOADER_CLASS = LayeredConfigLoader
 # One environment overrides single keys of a block, not the whole block.
